@@ -1,0 +1,1 @@
+"""Dispatch to SLURM through submitit. Sits between `launch`, which asks for runs, and `trainer`, which does them."""

@@ -1,0 +1,1 @@
+"""Runs on the GPUs. Read `run.py` first: it assembles data, model, strategy and loop into one run."""

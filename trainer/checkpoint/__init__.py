@@ -1,0 +1,1 @@
+"""Committed checkpoints: paths and manifest (`layout`), saving and restoring (`manager`)."""

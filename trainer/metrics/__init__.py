@@ -1,0 +1,1 @@
+"""What a run says about itself: meters, trackers, progress and the HTML report."""
