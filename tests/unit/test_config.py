@@ -1,0 +1,66 @@
+"""RunConfig: what follows from its fields, and the rules between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from trainer.config import RunConfig
+
+
+def config(**sections: Any) -> RunConfig:
+    data = {"train": [{"path": "a.jsonl", "format": "messages"}]} | sections.pop("data", {})
+    return RunConfig.model_validate({"model": {"path": "m"}, "data": data, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "method"),
+    [({}, "full"), ({"adapter": {}}, "lora"), ({"adapter": {}, "quantization": {}}, "qlora")],
+)
+def test_method_follows_from_the_sections_present(sections: dict[str, Any], method: str) -> None:
+    assert config(**sections).method == method
+
+
+@pytest.mark.parametrize(
+    ("batch", "pack_length", "packs"),
+    [({"tokens": 65536}, 4096, 16), ({"tokens": 10000}, 4096, 2), ({"tokens": 10}, 4096, 1), ({"rows": 7}, 4096, 7)],
+)
+def test_packs_per_step(batch: dict[str, int], pack_length: int, packs: int) -> None:
+    found = config(data={"pack_length": pack_length}, train={"global_batch": batch})
+    assert found.packs_per_step == packs
+
+
+def test_compute_dtype_is_the_quantization_s_or_the_model_s() -> None:
+    assert config(adapter={}, quantization={"compute_dtype": "float16"}).compute_dtype == "float16"
+    assert config(adapter={}, quantization={}).compute_dtype == "bfloat16"
+    assert config().compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"quantization": {}}, "quantization needs an adapter"),
+        ({"schedule": {"name": "plateau"}}, "schedule.name: plateau follows the validation loss"),
+        ({"eval": {"early_stopping": {}}}, "eval.early_stopping follows the validation loss"),
+        ({"data": {"packing": False}}, "Without packing set train.global_batch.rows"),
+        ({"train": {"micro_batch": 9, "global_batch": {"rows": 8}}}, "train.micro_batch is 9"),
+        ({"train": {"global_batch": {"rows": 8, "tokens": 9}}}, "give either tokens or rows"),
+        ({"train": {"global_batch": {}}}, "give either tokens or rows"),
+    ],
+)
+def test_rules_between_fields(sections: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        config(**sections)
+
+
+def test_broken_rules_come_together() -> None:
+    with pytest.raises(ValidationError) as caught:
+        config(quantization={}, schedule={"name": "plateau"}, data={"packing": False})
+    assert len(str(caught.value.errors()[0]["ctx"]["error"]).splitlines()) == 3
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        config().optim.lr = 1.0  # type: ignore[misc]

@@ -1,0 +1,245 @@
+"""RunConfig: everything a recipe can say. Imports no torch, so a login node can read recipes.
+
+Every part is frozen and refuses unknown keys; `recipe.load_recipe` turns pydantic's errors into messages with lines.
+A field is here because code reads it: a second way to set a thing is a defect.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Part(BaseModel):
+    """Base of every section: frozen, strict about keys, defaults documented."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Part):
+    """The base model."""
+
+    path: str = Field(description="folder or hub id of a Llama-family model in safetensors")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: the model's")
+    dtype: Dtype = Field("bfloat16", description="dtype of frozen weights and of the forward's matmuls")
+    attention: Literal["auto", "varlen", "sdpa"] = Field(
+        "auto", description="auto: varlen on CUDA, sdpa by document elsewhere"
+    )
+    trust_remote_code: bool = Field(False, description="let the hub's tokenizer code run")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        description="random: the config's shape with random weights (benchmarks, pre-training)",
+    )
+
+
+class QuantizationConfig(Part):
+    """4-bit base for QLoRA (arXiv:2305.14314), by bitsandbytes' kernels."""
+
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
+    double_quant: bool = Field(True, description="quantise the block scales too (0.37 bits a weight less)")
+    compute_dtype: Dtype | None = Field(None, description="dtype weights are dequantised to; default: model.dtype")
+
+
+class AdapterConfig(Part):
+    """Low-rank adapter (arXiv:2106.09685) in PEFT's terms."""
+
+    method: Literal["lora"] = Field("lora", description="adapter method")
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale numerator: alpha / r, or alpha / sqrt(r) with rslora")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear, or names of linear modules such as q_proj"
+    )
+    rslora: bool = Field(False, description="rank-stabilised scale (arXiv:2312.03732)")
+    dora: bool = Field(False, description="weight-decomposed adapter (arXiv:2402.09353)")
+    modules_to_save: list[str] = Field([], description="modules trained in full too (embed_tokens, lm_head)")
+
+
+class Source(Part):
+    """One data set, or one split of it."""
+
+    path: str = Field(description="file or hub id")
+    split: str = Field("train", description="split of a hub data set")
+    format: Literal["alpaca", "messages", "prompt_completion", "text"] = Field(description="how its rows are read")
+    columns: dict[str, str] = Field({}, description="the format's field -> the data set's column")
+    sample: int | None = Field(None, ge=1, description="take this many rows, drawn with data.split.seed")
+
+
+class SplitConfig(Part):
+    """Shares of the training rows held out, drawn by seed."""
+
+    validation: Share | list[Source] = Field(0.0, description="share of train's rows, or sources of their own")
+    test: Share | list[Source] = Field(0.0, description="share of train's rows, or sources of their own")
+    seed: int = Field(42, description="seed of the draw")
+
+
+class DataConfig(Part):
+    """What is trained on, and how rows become tokens."""
+
+    train: list[Source] = Field(min_length=1, description="sources, concatenated")
+    template: str = Field("tokenizer", description="tokenizer (its chat template), alpaca, or a .jinja file")
+    train_on: Literal["all", "assistant", "last_assistant"] = Field("assistant", description="tokens in the loss")
+    split: SplitConfig = SplitConfig()
+    pack_length: int = Field(4096, ge=8, description="tokens in a pack")
+    packing: bool = Field(True, description="false: one row a pack")
+    long_rows: Literal["truncate", "drop"] = Field("truncate", description="rows longer than pack_length")
+
+
+class StrategyConfig(Part):
+    """How the step is spread over processes."""
+
+    kind: Literal["auto", "single"] = Field("auto", description="auto: what fits the processes at hand")
+
+
+class OptimConfig(Part):
+    """The optimizer."""
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw", description="optimizer"
+    )
+    lr: float = Field(2.0e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, on matrices only")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay rates of the moments")
+    eps: float = Field(1.0e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's norm to this; null: never")
+
+
+class ScheduleConfig(Part):
+    """The learning rate over steps."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "plateau"] = Field("cosine", description="shape after warm-up")
+    warmup: float = Field(0.03, ge=0, description="below 1 a share of all steps, from 1 a number of steps")
+    min_lr: float = Field(0.0, ge=0, le=1, description="share of the peak that remains at the end")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps in its linear decay")
+    factor: float = Field(0.5, gt=0, lt=1, description="plateau: lr is multiplied by this ...")
+    patience: int = Field(2, ge=0, description="plateau: ... after this many evaluations without improvement")
+
+
+class GlobalBatch(Part):
+    """Size of one optimizer step over all processes, in tokens or rows. Accumulation is derived."""
+
+    tokens: int | None = Field(None, ge=1, description="token budget; tokens // pack_length packs, at least one")
+    rows: int | None = Field(None, ge=1, description="number of packs (of rows without packing)")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> GlobalBatch:
+        if (self.tokens is None) == (self.rows is None):
+            raise ValueError("give either tokens or rows")
+        return self
+
+
+class TrainConfig(Part):
+    """Length, batch and determinism of the run."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training packs")
+    max_steps: int | None = Field(None, ge=1, description="exactly this many steps, whatever epochs says")
+    global_batch: GlobalBatch = GlobalBatch(tokens=65536, rows=None)
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="packs in one forward")
+    recompute: Literal["auto", "none", "full"] = Field("auto", description="recompute activations in backward")
+    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
+    log_every: int = Field(1, ge=1, description="steps between log lines (metrics.jsonl has every step)")
+    seed: int = Field(42, description="seed of sample order, dropout and adapter weights")
+
+
+class EarlyStopping(Part):
+    """Stop when the validation loss no longer improves."""
+
+    patience: int = Field(3, ge=1, description="evaluations without improvement")
+    min_delta: float = Field(0.0, ge=0, description="smallest decrease that counts as improvement")
+
+
+class EvalConfig(Part):
+    """Evaluation during training."""
+
+    every_steps: int | None = Field(None, ge=1, description="steps between evaluations; default: at the end only")
+    samples: list[str] = Field([], description="prompts answered at every evaluation")
+    max_new_tokens: int = Field(64, ge=1, description="longest generated answer, in tokens")
+    early_stopping: EarlyStopping | None = None
+
+
+class CheckpointConfig(Part):
+    """What is kept while training."""
+
+    every_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end only")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(True, description="keep the one of lowest validation loss; load it at the end")
+
+
+class TrackingConfig(Part):
+    """Where metrics go beside metrics.jsonl."""
+
+    to: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="trackers")
+    project: str = Field("packtrain", description="project name for trackers that have one")
+
+
+class ExportConfig(Part):
+    """What happens when training is done."""
+
+    merge: bool = Field(False, description="merge the adapter into the base, under merged/")
+    base: Literal["dequantized", "original"] = Field(
+        "dequantized", description="merge onto the weights trained on, or onto the 16-bit ones"
+    )
+    verify: bool = Field(True, description="prove that the merged model is the trained one")
+
+
+class RunConfig(Part):
+    """A whole recipe."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig | None = None
+    adapter: AdapterConfig | None = None
+    data: DataConfig
+    strategy: StrategyConfig = StrategyConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        """Reports all broken rules together, one a line, each beginning with the field it is about."""
+        broken = []
+        if self.quantization and not self.adapter:
+            broken.append(
+                "quantization needs an adapter, as 4-bit weights cannot be trained. Add adapter: {method: lora}"
+            )
+        if self.schedule.name == "plateau" and self.eval.every_steps is None:
+            broken.append("schedule.name: plateau follows the validation loss. Set eval.every_steps")
+        if self.eval.early_stopping and self.eval.every_steps is None:
+            broken.append("eval.early_stopping follows the validation loss. Set eval.every_steps")
+        if self.train.micro_batch != "auto" and self.train.micro_batch > self.packs_per_step:
+            broken.append(
+                f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
+                "lower micro_batch or raise global_batch"
+            )
+        if not self.data.packing and self.train.global_batch.tokens is not None:
+            broken.append("train.global_batch.tokens counts packs. Without packing set train.global_batch.rows")
+        if broken:
+            raise ValueError("\n".join(broken))
+        return self
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """Dtype of the forward's matmuls."""
+        return (self.quantization and self.quantization.compute_dtype) or self.model.dtype
+
+    @property
+    def method(self) -> Literal["full", "lora", "qlora"]:
+        """How the model is trained, in the field's words."""
+        if self.adapter is None:
+            return "full"
+        return "qlora" if self.quantization else "lora"
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs in one optimizer step over all processes."""
+        batch = self.train.global_batch
+        return batch.rows or max(1, (batch.tokens or 0) // self.data.pack_length)

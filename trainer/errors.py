@@ -1,0 +1,44 @@
+"""Errors that users read, and the exit status each ends the program with."""
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_TO_BE_RESUMED = 75  # sysexits.h EX_TEMPFAIL: stopped in order to be resumed
+
+
+class PacktrainError(Exception):
+    """A failure packtrain foresaw. The command line prints its text without a traceback."""
+
+    exit_status = EXIT_FAILURE
+
+
+class UserError(PacktrainError):
+    """The user's input is wrong: recipe, data, a missing file.
+
+    Args:
+        where: the field or file at fault, such as ``data.train[0].path``.
+        found: what was found there.
+        allowed: what would have been right; empty when `fix` says it.
+        fix: what to do now.
+    """
+
+    exit_status = EXIT_USER_ERROR
+
+    def __init__(self, where: str, found: str, allowed: str = "", fix: str = "") -> None:
+        self.where, self.found, self.allowed, self.fix = where, found, allowed, fix
+        lines = [f"{where}: {found}"]
+        if allowed:
+            lines.append(f"  allowed: {allowed}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class TrainingDiverged(PacktrainError):
+    """Loss or gradients stayed NaN or Inf; the run stopped at its last good checkpoint."""
+
+
+class Preempted(PacktrainError):
+    """The run saved a checkpoint and stopped in order to be resumed."""
+
+    exit_status = EXIT_TO_BE_RESUMED
