@@ -1,0 +1,129 @@
+"""The training objective: summed cross entropy of the trained tokens, never holding a batch's logits.
+
+The sum is divided by the number of trained tokens of the whole global batch (`Strategy.forward_backward`), so the
+gradient does not depend on how the batch is cut into micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.data.types import PackedBatch
+from trainer.errors import UserError
+
+# Logits are computed in float32 for this many elements at a time: 256 MiB.
+LOGITS_PER_CHUNK = 2**26
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Output projection and cross entropy in one node, chunk by chunk over rows.
+
+    The gradient of a chunk is computed while its logits exist, so backward only scales it. Memory is one chunk of
+    logits instead of ``rows x vocabulary``. The idea is Liger Kernel's (arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
+    ) -> torch.Tensor:
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grads_hidden: list[torch.Tensor] = []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad and ctx.needs_input_grad[1] else None
+        projection = weight.to(hidden.dtype)
+        rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+        for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = (hidden_chunk @ projection.t()).float()
+            log_normalizer = logits.logsumexp(dim=-1)
+            target_column = target_chunk.unsqueeze(-1)
+            loss += (log_normalizer - logits.gather(-1, target_column).squeeze(-1)).sum()
+            if not needs_grad:
+                continue
+            grad_logits = logits.sub_(log_normalizer.unsqueeze(-1)).exp_()
+            grad_logits.scatter_add_(-1, target_column, -torch.ones_like(target_column, dtype=torch.float32))
+            grad_logits = grad_logits.to(hidden.dtype)
+            grads_hidden.append(grad_logits @ projection)
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden_chunk
+        ctx.save_for_backward(torch.cat(grads_hidden) if grads_hidden else torch.zeros_like(hidden), grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        # The scale is applied in float32: a float16 gradient divided by the token count would underflow.
+        return (grad_hidden.float() * scale).to(grad_hidden.dtype), grad_weight, None, None
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of ``hidden @ weight.T`` against `targets`.
+
+    Args:
+        hidden: ``[rows, hidden_size]``; its dtype is the matmul's.
+        weight: ``[vocab_size, hidden_size]``.
+        targets: ``[rows]`` int64, all of them counted.
+
+    Returns:
+        Scalar float32 sum (0 for no rows).
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return LinearCrossEntropy.apply(hidden, weight, targets, needs_grad)
+
+
+class PackedCausalLM(nn.Module):
+    """The root module that strategies wrap: a packed batch in, its summed loss out.
+
+    Projection and loss run inside this forward, because FSDP2 and ZeRO-3 gather the head's weight only here.
+
+    Args:
+        model: a transformers ``...ForCausalLM``, plain or inside a PeftModel.
+        compute_dtype: dtype of the matmuls; anything but float32 runs under autocast.
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Summed cross entropy of the batch's trained tokens, a float32 scalar."""
+        causal_lm: Any = self.model
+        if hasattr(causal_lm, "get_base_model"):
+            causal_lm = causal_lm.get_base_model()
+        device_type = batch.input_ids.device.type
+        with torch.autocast(device_type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            hidden = causal_lm.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens,
+                max_length_q=batch.max_seqlen,
+                max_length_k=batch.max_seqlen,
+            )[0][0]
+        hidden = hidden.index_select(0, batch.trained_positions).to(self.compute_dtype)
+        targets = batch.labels[0].index_select(0, batch.trained_positions + 1)
+        return linear_cross_entropy(hidden, head_weight(causal_lm), targets)
+
+
+def head_weight(causal_lm: Any) -> torch.Tensor:
+    """The output projection ``[vocab_size, hidden_size]`` as trained now.
+
+    Raises:
+        UserError: an adapter sits on the head, which the fused loss would skip.
+    """
+    head = causal_lm.get_output_embeddings()
+    if hasattr(head, "lora_A"):
+        raise UserError(
+            "adapter.targets",
+            "lm_head carries a LoRA adapter",
+            "linear modules of the decoder layers",
+            "take lm_head out of adapter.targets, or train it in full through adapter.modules_to_save: [lm_head]",
+        )
+    return head.weight
