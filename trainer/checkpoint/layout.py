@@ -1,0 +1,204 @@
+"""Where everything of a run lies, and how files get there whole. Imports no torch.
+
+A run dir::
+
+    recipe.yaml                 resolved recipe; nothing later rereads the original
+    metrics.jsonl               one line a step, evaluation, sample or event
+    state.json                  running, done, failed, preempted, cancelled; step; reason
+    checkpoints/step_00000100/  dcp/, adapter/ (PEFT) and manifest.json, written last
+    best                        name of the best checkpoint's folder
+    adapter/ or model/          the result
+    merged/                     base and adapter as one model
+    logs/rank_0.log  tensorboard/  report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blake3 import blake3
+
+from trainer.errors import PacktrainError
+
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step_(\d{8})")
+State = Literal["running", "done", "failed", "preempted", "cancelled"]
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run's folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def write_state(self, state: State, step: int, reason: str = "", **extra: Any) -> None:
+        """Records where the run stands; whoever watches it reads this file, not an exit status."""
+        record = {"state": state, "step": step, "reason": reason, **extra}
+        write_atomically(self.state, json.dumps(record, indent=1) + "\n")
+
+    def read_state(self) -> dict[str, Any]:
+        """The last recorded state; empty before the first."""
+        return json.loads(self.state.read_text()) if self.state.exists() else {}
+
+    def steps(self) -> list[int]:
+        """Steps with a committed checkpoint (its manifest is there), oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [STEP_NAME.fullmatch(entry.name) for entry in self.checkpoints.iterdir()]
+        return sorted(int(m[1]) for m in found if m and (self.checkpoints / m[0] / MANIFEST).exists())
+
+    def step_dir(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`, committed or not."""
+        return self.checkpoints / f"step_{step:08d}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` by `text`: a reader or a crash sees the old text or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and new files inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """blake3 of a file's bytes, in hex. Multi-threaded and memory-mapped."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return hasher.hexdigest()
+
+
+def begin_folder(final: Path) -> Path:
+    """An empty folder to fill, named `final` + ``.tmp``, for `commit_folder`."""
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Syncs everything in `temporary` and renames it to `final`, which must not exist."""
+    for entry in temporary.rglob("*"):
+        if entry.is_dir():
+            sync_directory(entry)
+        else:
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(temporary)
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+
+
+@contextlib.contextmanager
+def folder_appears_when_complete(final: Path) -> Iterator[Path]:
+    """Yields a folder to fill; after success it is synced and becomes `final`, after an error `final` never appears."""
+    temporary = begin_folder(final)
+    yield temporary
+    commit_folder(temporary, final)
+
+
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """Writes ``manifest.json``: `record` plus size and blake3 of every other file in `folder`."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake3": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_atomically(folder / MANIFEST, json.dumps({**record, "files": files}, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed folder.
+
+    Raises:
+        PacktrainError: there is none, or it is not JSON.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise PacktrainError(f"{folder / MANIFEST}: no readable manifest ({error})") from error
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compares every file of a committed folder with its manifest.
+
+    Returns:
+        What is wrong with the first file that differs, or None when all bytes are as written.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except PacktrainError as error:
+        return str(error)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+        if hash_file(path) != expected["blake3"]:
+            return f"{path} does not have the hash its manifest says"
+    return None
