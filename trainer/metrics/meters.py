@@ -1,0 +1,161 @@
+"""How fast a run is, and how far that is from the hardware's ceiling."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+# Dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figures "with sparsity").
+# The first entry whose words are all in the device's name counts, so variants stand before their family.
+PEAK_BF16_FLOPS: list[tuple[str, float]] = [
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H800 PCIe", 756e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A40", 149.7e12),
+    ("A10", 125e12),
+    ("RTX 6000 Ada", 364.2e12),
+    ("RTX A6000", 154.8e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71.2e12),
+]
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, such as ``NVIDIA H100 80GB HBM3``; None when it is not known."""
+    words = set(device_name.replace("-", " ").split())
+    return next((flops for key, flops in PEAK_BF16_FLOPS if words.issuperset(key.split())), None)
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """`peak_bf16_flops` of a CUDA device; None for any other."""
+    return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Floating point operations that one step has to do, per token.
+
+    Attributes:
+        every: for each token.
+        trained: on top, for each token that counts in the loss: the head runs at those positions alone.
+    """
+
+    every: float
+    trained: float
+
+    def total(self, tokens: int, trained_tokens: int) -> float:
+        """Operations for `tokens` tokens, `trained_tokens` of them in the loss."""
+        return self.every * tokens + self.trained * trained_tokens
+
+
+def flops_per_token(
+    model_config: Any, trains_base: bool, mean_attended: float, num_adapter_params: int = 0
+) -> TokenFlops:
+    """Model FLOPs of forward and backward of a Llama-family model, per token.
+
+    With N the weights of matrix multiplications (no embeddings, no norms) and A the attention's forward, a token costs
+    ``6N + 3A`` when the base is trained and ``4N + 3A + 6 N_adapter`` when it is frozen: forward 2N, gradient of the
+    activations 2N, gradient of the weights 2N (Kaplan et al., arXiv:2001.08361; PaLM, arXiv:2204.02311, appendix B).
+    A is ``4 * layers * heads * head_dim * mean_attended``: scores and weighted sum over the positions a token really
+    attends to in its own document, where PaLM's formula takes all of a full sequence. N has the head, but only for
+    trained tokens, as the loss skips all others. Recomputed activations are work of the implementation, not of the
+    model, and do not count; so MFU here is never higher than the share of the hardware that is busy.
+
+    Args:
+        model_config: has hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size, and
+            optionally num_key_value_heads and head_dim, as transformers' LlamaConfig.
+        trains_base: whether the base's weights are trained (full) or frozen (LoRA, QLoRA).
+        mean_attended: positions attended to, mean over tokens; see `mean_attended_positions`.
+        num_adapter_params: trained adapter weights.
+    """
+    heads = model_config.num_attention_heads
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    layers, hidden = model_config.num_hidden_layers, model_config.hidden_size
+
+    projections = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    feed_forward = 3 * hidden * model_config.intermediate_size
+    attention = 4 * layers * heads * head_dim * mean_attended
+    per_weight = 6 if trains_base else 4
+    return TokenFlops(
+        every=per_weight * layers * (projections + feed_forward) + 3 * attention + 6 * num_adapter_params,
+        trained=per_weight * hidden * model_config.vocab_size,
+    )
+
+
+def mean_attended_positions(document_lengths: Iterable[int]) -> float:
+    """Mean over tokens of the positions each attends to, itself included, in causal documents of these lengths."""
+    lengths = list(document_lengths)
+    tokens = sum(lengths)
+    return sum(length * (length + 1) / 2 for length in lengths) / tokens if tokens else 0.0
+
+
+class ThroughputMeter:
+    """Tokens a second, MFU and memory between two calls of `record`. Never synchronises with the device.
+
+    Call `record` where the host has just read the step's loss, so the clock stands where the device stands.
+
+    Args:
+        flops: work of a token, from `flops_per_token`.
+        peak_flops: FLOP/s of all devices that share the step together; None: MFU is not given.
+        device: whose memory is reported; other than CUDA: not given.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        flops: TokenFlops,
+        peak_flops: float | None,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._flops, self._peak_flops, self._device, self._clock = flops, peak_flops, device, clock
+        self._since = clock()
+
+    def record(self, tokens: int, trained_tokens: int) -> dict[str, float | None]:
+        """Measures since the last call, `tokens` having been processed by all devices since.
+
+        Returns:
+            tokens_per_second; mfu (0 to 1, or None); gpu_memory_gib (peak allocated so far, or None); seconds.
+        """
+        now = self._clock()
+        seconds, self._since = max(now - self._since, 1e-9), now
+        mfu = self._peak_flops and self._flops.total(tokens, trained_tokens) / seconds / self._peak_flops
+        return {
+            "tokens_per_second": tokens / seconds,
+            "mfu": mfu,
+            "gpu_memory_gib": self._memory_gib(),
+            "seconds": seconds,
+        }
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (evaluation, a checkpoint) does not count as time of a step."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._since += self._clock() - start
+
+    def _memory_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated(self._device) / GIB if self._device.type == "cuda" else None
