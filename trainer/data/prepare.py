@@ -1,0 +1,325 @@
+"""From a recipe to splits ready to train on: draw, render, mask, pack, cache. Read this file first."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from trainer.config import DataConfig, RunConfig, Source
+from trainer.data.cache import META, ArrowPacks, ArrowRows, RowWriter, content_key, open_or_build, write_packs
+from trainer.data.formats import BadRow, read_example
+from trainer.data.masking import ANSWER_TOO_FAR, TOO_LONG, Dropped, build_labels
+from trainer.data.packing import keep_apart, pack_sequences
+from trainer.data.sources import Row
+from trainer.data.splits import Part, SplitName, all_sources, draw_splits
+from trainer.data.templates import Template, load_template
+from trainer.data.types import IGNORE_INDEX, DataReport, Example, TokenizedRow
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PARALLEL_ROWS = 20_000  # below this a pool of processes takes longer to start than it saves
+
+
+@dataclass
+class Splits:
+    """The data of a run.
+
+    Attributes:
+        reports: what became of each split's rows, by its name.
+        fingerprint: key of all content the splits come from.
+    """
+
+    train: ArrowPacks
+    validation: ArrowPacks | None
+    test: ArrowPacks | None
+    reports: dict[str, DataReport]
+    fingerprint: str
+
+    def items(self) -> Iterator[tuple[SplitName, ArrowPacks]]:
+        """The splits there are, by name."""
+        named: list[tuple[SplitName, ArrowPacks | None]] = [
+            ("train", self.train),
+            ("validation", self.validation),
+            ("test", self.test),
+        ]
+        return ((name, packs) for name, packs in named if packs is not None)
+
+
+def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """Opens the splits of a recipe from the cache; builds them first where they are not there.
+
+    Raises:
+        UserError: a source, column, template or length is wrong, or a split that is asked for has no rows.
+    """
+    data = config.data
+    parts = draw_splits(config)
+    template = load_template(data.template, tokenizer)
+    _check_target(data, template, tokenizer)
+    key = content_key(_describe(data, parts, template, tokenizer))
+    folder = open_or_build(key, lambda folder: _build(folder, parts, template, tokenizer, data))
+    meta = json.loads((folder / META).read_text())
+    names = [source.path for _, source in all_sources(data)]
+    packs = {name: ArrowPacks(folder / name, names) for name in meta}
+    reports = {name: DataReport(**meta[name], lengths=packs[name].rows.lengths().tolist()) for name in meta}
+    for name, report in reports.items():
+        _log_report(name, report)
+    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, key)
+
+
+def load_split_examples(
+    config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Example]:
+    """The examples of a split in order; with a tokenizer, only those whose rows `load_splits` keeps.
+
+    Raises:
+        UserError: as `load_splits`; or the recipe has no such split.
+    """
+    parts = draw_splits(config)
+    if split not in parts:
+        fix = f"set data.split.{split} to a share or to sources"
+        raise UserError(f"data.split.{split}", f"the recipe has no {split} rows", fix=fix)
+    kept = None
+    if tokenizer is not None:
+        kept = set(dict(load_splits(config, tokenizer).items())[split].rows.origins())
+    return [
+        example
+        for part in parts[split]
+        for indices, rows in part.chunks()
+        for example in _read(part.source, part.columns, indices, rows)[0]
+        if kept is None or (part.index, example.row) in kept
+    ]
+
+
+def _check_target(data: DataConfig, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            "model.tokenizer",
+            f"{type(tokenizer).__name__} does not say which characters its tokens stand for",
+            "a tokenizer with a tokenizer.json",
+            "convert it, or name another in model.tokenizer",
+        )
+    for where, source in all_sources(data):
+        if source.format != "text":
+            template.check()
+        elif data.train_on != "all":
+            raise UserError(
+                "data.train_on",
+                f"{data.train_on}, but {where} is plain text without an assistant",
+                "all",
+                "set `train_on: all`, or give the source the format of its conversations",
+            )
+
+
+def _describe(
+    data: DataConfig, parts: dict[SplitName, list[Part]], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """All that the cached tokens depend on, but for this package's own code."""
+    import tokenizers
+    import transformers
+
+    settings = data.model_dump(mode="json", include={"train_on", "pack_length", "packing", "long_rows"})
+    sources = {
+        name: [
+            [
+                part.rows.content_hash,
+                part.source.format,
+                part.columns,
+                blake3(part.indices.tobytes()).hexdigest(),
+                part.index,
+            ]
+            for part in of_split
+        ]
+        for name, of_split in parts.items()
+    }
+    return {
+        "settings": settings,
+        "sources": sources,
+        "template": template.text,
+        "tokenizer": [
+            tokenizer.backend_tokenizer.to_str(),
+            {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        ],
+        "versions": [tokenizers.__version__, transformers.__version__],
+    }
+
+
+def _build(
+    folder: Path,
+    parts: dict[SplitName, list[Part]],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+) -> None:
+    """Fills a cache folder."""
+    num_rows = {name: sum(len(part.indices) for part in of_split) for name, of_split in parts.items()}
+    meta: dict[str, dict[str, Any]] = {}
+    with _workers(template, tokenizer, data, sum(num_rows.values())) as convert, _progress(num_rows) as advance:
+        for name, of_split in parts.items():
+            report, num_read = DataReport(), num_rows[name]
+            dropped: Counter[str] = Counter()
+            with RowWriter(folder / name) as writer:
+                tasks = (
+                    (part.index, (part.source, part.columns, *chunk)) for part in of_split for chunk in part.chunks()
+                )
+                for source_index, (rows, reasons) in convert(tasks):
+                    writer.write(rows, source_index)
+                    _count(report, rows)
+                    dropped.update(reasons)
+                    advance(name, len(rows) + len(reasons))
+            report.dropped = dict(dropped.most_common())
+            if report.rows == 0:
+                raise _nothing_left(name, num_read, report.dropped, data)
+            _pack(folder / name, report, data)
+            meta[name] = {k: v for k, v in vars(report).items() if k != "lengths"}
+    (folder / META).write_text(json.dumps(meta, indent=1))
+
+
+def _count(report: DataReport, rows: Iterable[TokenizedRow]) -> None:
+    for row in rows:
+        report.rows += 1
+        report.truncated += row.truncated
+        report.tokens += len(row.ids)
+        report.trained_tokens += len(row.labels) - row.labels.count(IGNORE_INDEX)
+
+
+def _pack(folder: Path, report: DataReport, data: DataConfig) -> None:
+    lengths = ArrowRows(folder, []).lengths()
+    packs = pack_sequences(lengths, data.pack_length) if data.packing else keep_apart(len(lengths))
+    write_packs(folder, packs)
+    report.packs = len(packs)
+    report.fill = report.tokens / (report.packs * data.pack_length)
+
+
+def _nothing_left(split: str, num_read: int, dropped: dict[str, int], data: DataConfig) -> UserError:
+    """Why all rows of a split were dropped."""
+    reasons = "; ".join(f"{reason} ({count})" for reason, count in dropped.items())
+    if dropped.keys() <= {TOO_LONG, ANSWER_TOO_FAR}:
+        found = f"{data.pack_length}, and all {num_read} rows of {split} are too long for it: {reasons}"
+        return UserError("data.pack_length", found, fix="raise data.pack_length")
+    return UserError(
+        "data.template",
+        f"{data.template}: all {num_read} rows of {split} are refused: {reasons}",
+        "a template under which the tokens to train on are certain",
+        "look at the reasons: correct the template, or the rows, or take another template",
+    )
+
+
+def _log_report(name: str, report: DataReport) -> None:
+    log.info(
+        "%s: %d rows in %d packs, %d tokens (%.1f%% trained), fill %.2f%%",
+        name,
+        report.rows,
+        report.packs,
+        report.tokens,
+        100 * report.trained_tokens / report.tokens,
+        100 * report.fill,
+    )
+    for reason, count in report.dropped.items():
+        log.warning("%s: %d rows dropped: %s", name, count, reason)
+    if report.truncated:
+        log.warning("%s: %d rows cut to data.pack_length, without their stop token", name, report.truncated)
+
+
+def _read(
+    source: Source, columns: dict[str, str], indices: list[int], rows: list[Row]
+) -> tuple[list[Example], list[str]]:
+    """Examples, and the reasons of rows that are none."""
+    examples, reasons = [], []
+    for index, row in zip(indices, rows, strict=True):
+        try:
+            examples.append(read_example(row, index, source, columns))
+        except BadRow as error:
+            reasons.append(str(error))
+    return examples, reasons
+
+
+Task = tuple[Source, dict[str, str], list[int], list[Row]]
+Result = tuple[list[TokenizedRow], list[str]]
+
+
+@dataclass(frozen=True)
+class _Converter:
+    """Rows of a source to tokenised rows, and the reasons of those that are dropped."""
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    data: DataConfig
+
+    def __call__(self, task: Task) -> Result:
+        examples, reasons = _read(*task)
+        made = build_labels(examples, self.template, self.tokenizer, self.data)
+        rows = [row for row in made if isinstance(row, TokenizedRow)]
+        return rows, reasons + [row.reason for row in made if isinstance(row, Dropped)]
+
+
+Convert = Callable[[Iterable[tuple[int, Task]]], Iterator[tuple[int, Result]]]
+_converter: _Converter  # of a worker process
+
+
+@contextmanager
+def _workers(
+    template: Template, tokenizer: PreTrainedTokenizerBase, data: DataConfig, num_rows: int
+) -> Iterator[Convert]:
+    """Yields what converts chunks, in order: in this process for few rows, in a pool for many."""
+    converter = _Converter(template, tokenizer, data)
+    num_workers = min(len(os.sched_getaffinity(0)), num_rows // PARALLEL_ROWS + 1)
+    if num_workers == 1:
+        yield lambda tasks: ((index, converter(task)) for index, task in tasks)
+        return
+    # Spawned, not forked: a process that has started threads (torch's, tokenizers') cannot be forked safely.
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(converter,))
+    with pool:
+        yield lambda tasks: _map_in_order(pool, tasks, ahead=4 * num_workers)
+
+
+def _start_worker(converter: _Converter) -> None:
+    global _converter
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already take every core
+    _converter = converter
+
+
+def _convert_in_worker(task: Task) -> Result:
+    return _converter(task)
+
+
+def _map_in_order(
+    pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, Task]], ahead: int
+) -> Iterator[tuple[int, Result]]:
+    """Results in the tasks' order, with few tasks in memory at a time."""
+    running: deque[tuple[int, Future[Result]]] = deque()
+    for index, task in tasks:
+        running.append((index, pool.submit(_convert_in_worker, task)))
+        if len(running) >= ahead:
+            first, future = running.popleft()
+            yield first, future.result()
+    yield from ((index, future.result()) for index, future in running)
+
+
+@contextmanager
+def _progress(num_rows: dict[SplitName, int]) -> Iterator[Callable[[str, int], None]]:
+    """Yields ``advance(split, rows)``; draws bars on a terminal and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda split, rows: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bars = {str(name): progress.add_task(f"tokenising {name}", total=total) for name, total in num_rows.items()}
+        yield lambda split, rows: progress.advance(bars[split], rows)

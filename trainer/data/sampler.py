@@ -1,0 +1,93 @@
+"""Which packs a step trains on, and how packs become one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from trainer.data.types import IGNORE_INDEX, PackedBatch
+
+Pack = list[tuple[list[int], list[int]]]
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def sample_order(num_packs: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of ``range(num_packs)`` of an epoch, int64 ``[num_packs]``.
+
+    Sorts SplitMix64 hashes of the indices (https://prng.di.unimi.it/splitmix64.c) and not numpy's generators, whose
+    streams may change with numpy's version: a resumed run must see the same order.
+    """
+    start = _mix_number((_mix_number(seed & _MASK) + epoch) & _MASK)
+    counter = np.arange(1, num_packs + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start)
+    return np.argsort(_mix(counter), kind="stable")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _mix_number(value: int) -> int:
+    return int(_mix(np.array([(value + _GOLDEN) & _MASK], dtype=np.uint64))[0])
+
+
+class GlobalBatchSampler:
+    """The packs of every optimizer step, as a function of seed and global sample index alone.
+
+    Sample i of the run is at position ``i % num_packs`` of epoch ``i // num_packs``'s permutation; step s takes samples
+    ``[s * packs_per_step, (s + 1) * packs_per_step)``. The last step may be short.
+
+    Attributes:
+        num_steps: steps in `epochs` passes.
+    """
+
+    def __init__(self, num_packs: int, packs_per_step: int, epochs: float, seed: int) -> None:
+        self.num_packs = num_packs
+        self.packs_per_step = packs_per_step
+        self.num_samples = max(1, round(epochs * num_packs))
+        self.num_steps = math.ceil(self.num_samples / packs_per_step)
+        self._order = lru_cache(maxsize=2)(lambda epoch: sample_order(num_packs, seed, epoch))
+
+    def batch(self, step: int) -> list[int]:
+        """Pack indices of `step`, counted from 0.
+
+        Raises:
+            IndexError: there is no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        first = step * self.packs_per_step
+        last = min(first + self.packs_per_step, self.num_samples)
+        return [int(self._order(i // self.num_packs)[i % self.num_packs]) for i in range(first, last)]
+
+
+def collate(packs: Sequence[Pack]) -> PackedBatch:
+    """Lays the documents of `packs` end to end; tensors on the CPU, pinned where there is a GPU to copy them to."""
+    import torch
+
+    documents = [document for pack in packs for document in pack]
+    lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    input_ids = np.fromiter((token for ids, _ in documents for token in ids), np.int64, count=cu_seqlens[-1])
+    labels = np.fromiter((label for _, labels in documents for label in labels), np.int64, count=cu_seqlens[-1])
+    labels[cu_seqlens[:-1]] = IGNORE_INDEX  # nothing before a document predicts its first token
+    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    trained_positions = np.flatnonzero(labels[1:] != IGNORE_INDEX)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        made = torch.from_numpy(array)
+        return made.pin_memory() if torch.cuda.is_available() else made
+
+    return PackedBatch(
+        input_ids=tensor(input_ids[None]),
+        labels=tensor(labels[None]),
+        position_ids=tensor(position_ids[None]),
+        cu_seqlens=tensor(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max(initial=0)),
+        trained_positions=tensor(trained_positions),
+    )
