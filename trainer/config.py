@@ -220,6 +220,10 @@ class RunConfig(Part):
                 f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
                 "lower micro_batch or raise global_batch"
             )
+        if self.export.merge and not self.adapter:
+            broken.append(
+                "export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false"
+            )
         if not self.data.packing and self.train.global_batch.tokens is not None:
             broken.append("train.global_batch.tokens counts packs. Without packing set train.global_batch.rows")
         if broken:

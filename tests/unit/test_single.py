@@ -1,0 +1,94 @@
+"""The single-process strategy: clipping, skipped steps, and which overflows are float16's."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.strategies.single import MIN_LOSS_SCALE, SingleProcess
+
+
+class Root(nn.Module):
+    """As `PackedCausalLM`: the trained module is called `model`; a batch is what it is multiplied with."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(4, 1, bias=False)
+
+    def forward(self, batch):
+        return self.model(batch.x).sum()
+
+
+class Batch:
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        return self
+
+
+def strategy(loss_scaling=False):
+    single = SingleProcess(torch.device("cpu"), loss_scaling)
+    single.prepare(Root(), lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    return single
+
+
+ONES = Batch(torch.ones(3, 4))
+BROKEN = Batch(torch.full((3, 4), float("inf")))
+
+
+def test_gradients_of_micro_batches_add_up_over_the_whole_batch():
+    single = strategy()
+    loss = single.forward_backward([ONES, ONES], num_trained_tokens=6)
+    weight = single.module.model.weight
+    torch.testing.assert_close(loss, 6 * weight.detach().sum())
+    torch.testing.assert_close(weight.grad, torch.ones(1, 4))
+
+
+def test_the_norm_reported_is_before_clipping_and_the_step_after():
+    single = strategy()
+    before = single.module.model.weight.clone()
+    single.forward_backward([ONES], num_trained_tokens=1)
+    result = single.step(lr=1.0, max_norm=0.5)
+    assert result.grad_norm == pytest.approx(6.0)
+    assert (single.module.model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    single = strategy()
+    before = single.module.model.weight.clone()
+    single.forward_backward([BROKEN], num_trained_tokens=1)
+    result = single.step(lr=1.0, max_norm=None)
+    assert result.skipped and result.is_failure
+    assert torch.equal(single.module.model.weight, before)
+    single.forward_backward([ONES], num_trained_tokens=1)
+    assert not single.step(lr=1.0, max_norm=None).skipped
+
+
+def test_float16_overflows_lower_the_scale_and_count_only_at_its_minimum():
+    single = strategy(loss_scaling=True)
+    scales, failures = [], []
+    for _ in range(20):
+        single.forward_backward([BROKEN], num_trained_tokens=1)
+        result = single.step(lr=1.0, max_norm=None)
+        scales.append(single.scaler.get_scale())
+        failures.append(result.is_failure)
+    assert scales[0] < 65536 and scales[-1] == MIN_LOSS_SCALE
+    first = failures.index(True)
+    assert scales[first - 1] == MIN_LOSS_SCALE and all(failures[first:])
+
+
+def test_the_loss_scale_survives_a_restart():
+    first, second = strategy(loss_scaling=True), strategy(loss_scaling=True)
+    first.forward_backward([BROKEN], 1)
+    first.step(1.0, None)
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    assert second.scaler.get_scale() == first.scaler.get_scale() == 32768
+
+
+def test_the_scaled_loss_gives_the_same_gradient():
+    plain, scaled = strategy(), strategy(loss_scaling=True)
+    scaled.module.load_state_dict(plain.module.state_dict())
+    for single in (plain, scaled):
+        single.forward_backward([ONES], num_trained_tokens=3)
+        single.step(lr=0.1, max_norm=None)
+    torch.testing.assert_close(plain.module.model.weight, scaled.module.model.weight)

@@ -1,0 +1,101 @@
+"""May this recipe continue in that run dir? Asked before anything is written there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.checkpoint.layout import RunDir, read_manifest
+from trainer.config import RunConfig
+from trainer.errors import UserError
+from trainer.recipe import load_recipe
+
+# What a resumed run may say differently: it changes neither the model, nor the samples, nor the optimizer.
+FREE_TO_CHANGE = (
+    "train.log_every",
+    "train.micro_batch",
+    "train.recompute",
+    "eval.",
+    "checkpoint.",
+    "tracking.",
+    "export.",
+)
+
+
+def check_recipe_unchanged(run: RunDir, config: RunConfig) -> None:
+    """Refuses to continue a run with another recipe.
+
+    Raises:
+        UserError: a field that shapes the training differs from the run dir's ``recipe.yaml``; all are named.
+    """
+    if not run.steps() or not run.recipe.exists():
+        return
+    before, now = _flatten(load_recipe(run.recipe).model_dump()), _flatten(config.model_dump())
+    changed = [
+        f"{name} (was {before.get(name)!r}, now {now.get(name)!r})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            str(run.recipe),
+            "this run dir holds checkpoints of another recipe: " + "; ".join(changed),
+            fix="use the recipe the run began with, or train anew into another --run-dir",
+        )
+
+
+def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
+    """Refuses to continue on another base or other data than the checkpoints were taken on.
+
+    Args:
+        identity: ``base`` and ``data`` as they are now.
+
+    Raises:
+        UserError: one differs.
+    """
+    steps = run.steps()
+    if not steps:
+        return
+    saved = read_manifest(run.step_dir(steps[-1]))
+    for key, what in {"base": "base model", "data": "training data"}.items():
+        if saved[key] != identity[key]:
+            raise UserError(
+                str(run.path),
+                f"its checkpoints were trained with another {what}: {saved[key]}, now {identity[key]}",
+                fix="restore what was there, or train anew into another --run-dir",
+            )
+
+
+@contextlib.contextmanager
+def only_one_trainer(run: RunDir) -> Iterator[None]:
+    """Holds the run dir's lock; the system frees it however the process ends.
+
+    Raises:
+        UserError: another process trains in this run dir.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.path / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise UserError(
+                str(run.path),
+                f"process {lock.read().strip() or 'unknown'} is training in this run dir",
+                fix="wait for it, stop it, or use another --run-dir",
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    joined = f"{prefix}." if prefix else ""
+    return {name: item for key, inner in value.items() for name, item in _flatten(inner, joined + key).items()}
