@@ -1,0 +1,296 @@
+"""The model on CUDA: the same kernels' numbers, the same gradients, the same memory bounds."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from trainer.config import RunConfig
+from trainer.data.types import IGNORE_INDEX, PackedBatch
+from trainer.loss import PackedCausalLM
+from trainer.model.attention import VARLEN, cached_attention, document_attention, varlen_attention
+from trainer.model.load import load_model, set_recompute
+from trainer.model.nf4 import Format, NF4Linear, dequantize_weight, fingerprint, quantize_weight
+from trainer.model.weights import build_on_meta, random_tensor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LENGTHS = [129, 1, 64, 318]
+FORMATS = [Format(type, double_quant) for type in ("nf4", "fp4") for double_quant in (False, True)]
+QLORA: dict[str, Any] = {"adapter": {"r": 4}, "quantization": {"type": "nf4", "double_quant": True}}
+Recipe = Callable[..., RunConfig]
+
+
+def boundaries() -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=CUDA)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_varlen_attention_equals_documents_in_float64(kv_heads: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads = [8, kv_heads, kv_heads]
+    rows = [torch.randn(1, n, sum(LENGTHS), 64, device=CUDA, dtype=dtype, requires_grad=True) for n in heads]
+    exact = [x.detach().double().requires_grad_() for x in rows]
+    layer, kwargs = nn.Identity(), {"scaling": 0.125, "cu_seq_lens_q": boundaries()}
+
+    output, _ = varlen_attention(layer, *rows, None, max_length_q=max(LENGTHS), **kwargs)
+    wanted, _ = document_attention(layer, *exact, None, **kwargs)
+    direction = torch.randn_like(wanted)
+    output.backward(direction.to(dtype))
+    wanted.backward(direction)
+
+    assert relative_error(output, wanted) < 1e-2
+    for ours, reference in zip(rows, exact, strict=True):
+        assert relative_error(ours.grad, reference.grad) < 1e-2
+
+
+def test_varlen_attention_keeps_documents_apart() -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(1, 4, sum(LENGTHS), 64, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+
+    def attend() -> list[torch.Tensor]:
+        kwargs: dict[str, Any] = {"cu_seq_lens_q": boundaries(), "max_length_q": max(LENGTHS)}
+        return list(varlen_attention(nn.Identity(), *rows, None, **kwargs)[0].split(LENGTHS, dim=1))
+
+    before = attend()
+    for x in rows:
+        x[:, :, sum(LENGTHS[:2]) : sum(LENGTHS[:3])] += 1  # the third document
+    for i, (old, new) in enumerate(zip(before, attend(), strict=True)):
+        assert torch.equal(old, new) == (i != 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ 4 bit
+
+
+SHAPES = [(512, 1024), (48, 96), (5, 130), (2049, 4160)]  # blocks across rows, a short last block, several chunks
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    weight = random_tensor("w", torch.Size(shape), 0.02, 0, dtype, CPU)
+    weight[1], weight[2, ::2] = 0, 0.01  # blocks of zeros, ties
+    return weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_4_bit_bytes_equal_the_cpus(format: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weight_of(shape, dtype)
+    on_cpu, on_cuda = (quantize_weight(weight.to(device), format) for device in (CPU, CUDA))
+
+    assert all(tensor.is_cuda for tensor in on_cuda)
+    assert all(torch.equal(ours, theirs.cpu()) for ours, theirs in zip(on_cpu, on_cuda, strict=True))
+    for out in DTYPES:
+        dequantized, reference = dequantize_weight(*on_cuda, format, out).cpu(), dequantize_weight(*on_cpu, format, out)
+        if out == torch.float16:  # bitsandbytes' kernels round some products otherwise
+            assert (dequantized != reference).float().mean() < 1e-3
+            torch.testing.assert_close(dequantized, reference, rtol=2**-10, atol=2**-24)
+        else:
+            assert torch.equal(dequantized, reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_4_bit_against_bitsandbytes(format: Format, dtype: torch.dtype) -> None:
+    """NF4 codes of bfloat16 equal; a neighbouring code where a rounding decides, and FP4's zero of either sign."""
+    weight = random_tensor("w", torch.Size([2048, 4096]), 0.02, 0, dtype, CPU).to(CUDA)
+    num_blocks = weight.numel() // 64
+    wanted, state = bnb.functional.quantize_4bit(
+        weight, compress_statistics=format.double_quant, quant_type=format.type, blocksize=64
+    )
+
+    packed, scales = quantize_weight(weight, format)
+
+    other = (packed.view(-1) != wanted.view(-1)).float().mean()
+    assert other <= (2e-2 if format.type == "fp4" else 0 if dtype == torch.bfloat16 else 1e-5)
+    if format.double_quant:
+        floats, codes = scales[:-num_blocks].view(torch.float32), scales[-num_blocks:]
+        torch.testing.assert_close(floats[-1], state.offset, rtol=1e-6, atol=0)
+        torch.testing.assert_close(floats[:-1], state.state2.absmax, rtol=1e-5, atol=0)
+        assert (codes != state.absmax).float().mean() < 1e-2
+        assert (codes.int() - state.absmax.int()).abs().max() <= 1
+    else:
+        assert torch.equal(scales.view(torch.float32), state.absmax)
+    theirs = bnb.functional.dequantize_4bit(wanted, state)
+    assert relative_error(dequantize_weight(packed, scales, format, dtype), theirs) < 2e-2
+    if format == Format("nf4", False) and dtype == torch.bfloat16:
+        assert torch.equal(dequantize_weight(packed, scales, format, dtype), theirs)
+
+
+def test_a_7b_layer_is_quantised_in_milliseconds() -> None:
+    """A 7B model has 32 layers of 202 million weights: some 2 s at 60 ms a layer."""
+    weights = [
+        torch.randn(shape, device=CUDA, dtype=torch.bfloat16) for shape in [(4096, 4096)] * 4 + [(11008, 4096)] * 3
+    ]
+
+    def quantise_layer() -> float:
+        start = time.perf_counter()
+        for weight in weights:
+            quantize_weight(weight, Format("nf4", True))
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    assert min(quantise_layer() for _ in range(3)) < 0.06
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_4_bit_base_is_the_same_on_both_devices(double_quant: bool, toy_recipe: Recipe) -> None:
+    """So a checkpoint of one resumes on the other, and merges there."""
+    sections = {**QLORA, "quantization": {"type": "nf4", "double_quant": double_quant}}
+    on_cpu, on_cuda = (load_model(toy_recipe(**sections), device).base for device in (CPU, CUDA))
+    assert on_cpu.nf4_fingerprint is not None
+    assert on_cpu == on_cuda
+
+
+def test_bytes_survive_the_way_to_the_device_and_casts() -> None:
+    layer = NF4Linear(96, 48, False, FORMATS[1], torch.bfloat16)
+    layer.set_weight(torch.randn(48, 96))
+    before = fingerprint(layer)
+    layer.to(CUDA, torch.bfloat16).half()
+    assert layer.packed.is_cuda
+    assert fingerprint(layer) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_random_weights_are_the_same_on_both_devices(dtype: torch.dtype) -> None:
+    on_cpu, on_cuda = (random_tensor("w", torch.Size([700, 999]), 0.02, 3, dtype, device) for device in (CPU, CUDA))
+    assert torch.equal(on_cpu, on_cuda.cpu())
+
+
+@pytest.mark.parametrize("sections", [{"adapter": {"r": 4}}, QLORA], ids=["lora", "qlora"])
+def test_adapter_starts_the_same_on_both_devices(sections: dict[str, Any], toy_recipe: Recipe) -> None:
+    models = [load_model(toy_recipe(**sections), device).model for device in (CPU, CUDA)]
+    for (name, on_cpu), (_, on_cuda) in zip(*(model.named_parameters() for model in models), strict=True):
+        if "lora_" in name:
+            assert on_cuda.is_cuda
+            assert torch.equal(on_cpu, on_cuda.cpu())
+
+
+def pack() -> PackedBatch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 300, (1, sum(LENGTHS)), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, ids, IGNORE_INDEX)
+    labels[0, boundaries()[:-1].cpu()] = IGNORE_INDEX
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    trained = torch.nonzero(labels[0] != IGNORE_INDEX).view(-1) - 1
+    return PackedBatch(ids, labels, positions, boundaries().cpu(), max(LENGTHS), trained)
+
+
+def gradient(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    root = PackedCausalLM(model, compute_dtype).train()
+    root(pack().to(device)).backward()
+    return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recompute: bool, toy_recipe: Recipe) -> None:
+    """Against float32 with attention by document, both on the device."""
+    if method == "full" and dora:
+        pytest.skip("DoRA is an adapter's")
+    sections: dict[str, Any] = {} if method == "full" else {"adapter": {"r": 4, "dora": dora}}
+    if method == "qlora":
+        sections["quantization"] = QLORA["quantization"]
+    half = toy_recipe(model={"dtype": "bfloat16"}, **sections)
+    model = load_model(half, CUDA).model
+    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert causal_lm.config._attn_implementation == VARLEN
+    set_recompute(model, recompute)
+
+    found = gradient(model, torch.bfloat16, CUDA)
+
+    assert relative_error(found, gradient(load_model(toy_recipe(**sections), CUDA).model, torch.float32, CUDA)) < 5e-2
+
+
+@pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}], ids=["full", "lora"])
+def test_float32_gradients_equal_the_cpus(sections: dict[str, Any], toy_recipe: Recipe) -> None:
+    on_cpu, on_cuda = (gradient(load_model(toy_recipe(**sections), d).model, torch.float32, d) for d in (CPU, CUDA))
+    assert relative_error(on_cuda, on_cpu) < 1e-5
+
+
+def test_generation_with_a_cache(toy_recipe: Recipe) -> None:
+    model: Any = load_model(toy_recipe(model={"dtype": "bfloat16"}, **QLORA), CUDA).model.eval()
+    ids = torch.randint(5, 300, (2, 8), device=CUDA)
+    with cached_attention(model):
+        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert answer.shape[1] > 8
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def anonymous_bytes() -> int:
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@pytest.fixture
+def peak_host_bytes() -> Iterator[Callable[[], int]]:
+    """Largest RssAnon seen since the test began, beyond what it began with."""
+    torch.zeros(1, device=CUDA)
+    start, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield lambda: peak - start
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_host_memory_while_loading_6_gib(
+    method: str, toy_recipe: Recipe, tmp_path: Path, peak_host_bytes: Callable[[], int]
+) -> None:
+    config = LlamaConfig(num_hidden_layers=14, architectures=["LlamaForCausalLM"])  # other sizes are Llama-7B's
+    config.save_pretrained(tmp_path)
+    header, offset, largest = {}, 0, 0
+    for name, parameter in build_on_meta(config, torch.bfloat16, "eager").named_parameters():
+        end = offset + parameter.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [offset, end]}
+        offset, largest = end, max(largest, end - offset)
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:  # zeros that take no room
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    assert offset > 5 * 2**30
+
+    sections = QLORA if method == "qlora" else {"adapter": {"r": 4}}
+    model = load_model(toy_recipe(model={"path": str(tmp_path), "dtype": "bfloat16"}, **sections), CUDA).model
+
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    assert peak_host_bytes() < 2 * largest + 2**30

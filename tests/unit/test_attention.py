@@ -1,0 +1,163 @@
+"""Packed documents never see each other, and each is computed as if it stood alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+from trainer.model.attention import (
+    BY_DOCUMENT,
+    VARLEN,
+    cached_attention,
+    choose_attention,
+    document_attention,
+    register_attention,
+)
+
+LENGTHS = [7, 1, 12, 4]
+
+
+def build(kv_heads: int, attention: str = BY_DOCUMENT) -> LlamaForCausalLM:
+    register_attention()
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        initializer_range=0.3,  # attention that matters
+        pad_token_id=0,
+        eos_token_id=None,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def documents() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 97, (length,), generator=generator) for length in LENGTHS]
+
+
+def packed_inputs(documents: list[torch.Tensor]) -> dict[str, Any]:
+    lengths = [len(document) for document in documents]
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    return {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "use_cache": False,
+    }
+
+
+@pytest.mark.parametrize("attention", [BY_DOCUMENT, VARLEN])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@torch.no_grad()
+def test_packed_logits_equal_each_document_alone(kv_heads: int, attention: str, documents: list[torch.Tensor]) -> None:
+    model, reference = build(kv_heads, attention), build(kv_heads, "eager")
+
+    packed = model(**packed_inputs(documents)).logits[0].split(LENGTHS)
+
+    for document, logits in zip(documents, packed, strict=True):
+        torch.testing.assert_close(logits, reference(document[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_changing_one_document_moves_no_other(kv_heads: int, documents: list[torch.Tensor]) -> None:
+    model = build(kv_heads)
+    before = model(**packed_inputs(documents)).logits[0].split(LENGTHS)
+
+    for changed in range(len(documents)):
+        others = [d.clone() for d in documents]
+        others[changed] = (others[changed] + 11) % 96 + 1
+        after = model(**packed_inputs(others)).logits[0].split(LENGTHS)
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            assert torch.equal(old, new) == (i != changed)
+
+
+@torch.no_grad()
+def test_later_tokens_do_not_reach_back(documents: list[torch.Tensor]) -> None:
+    model = build(2)
+    before = model(**packed_inputs(documents)).logits[0].split(LENGTHS)[2]
+    documents[2][-1] = documents[2][-1] % 96 + 1
+
+    after = model(**packed_inputs(documents)).logits[0].split(LENGTHS)[2]
+
+    assert torch.equal(after[:-1], before[:-1])
+    assert not torch.equal(after[-1], before[-1])
+
+
+@torch.no_grad()
+def test_without_boundaries_every_row_is_a_document() -> None:
+    ids = torch.randint(1, 97, (3, 9))
+    torch.testing.assert_close(build(2)(ids, use_cache=False).logits, build(2, "eager")(ids).logits)
+
+
+def test_padding_and_caches_are_refused() -> None:
+    model, ids = build(4), torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="padding"):
+        model(ids, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="KV cache"):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_float32_queries_of_autocast_are_cast_to_the_values() -> None:
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8)
+    output, _ = document_attention(nn.Identity(), query, key, torch.randn(1, 4, 5, 8, dtype=torch.bfloat16), None)
+    assert output.dtype == torch.bfloat16
+
+
+def test_generation_with_left_padding_equals_transformers_own() -> None:
+    model, reference = build(2), build(2, "sdpa")
+    ids = torch.randint(1, 97, (2, 6))
+    ids[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 8, "do_sample": False}
+    model.config.use_cache = False
+
+    with cached_attention(model):
+        found = model.generate(**inputs)
+
+    assert torch.equal(found, reference.generate(**inputs))
+    assert model.config._attn_implementation == BY_DOCUMENT
+    assert model.config.use_cache is False
+
+
+def test_packed_attention_is_back_after_a_failure() -> None:
+    model = build(2)
+    with pytest.raises(KeyError), cached_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+        raise KeyError
+    assert model.config._attn_implementation == BY_DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("wish", "dtype", "device", "chosen"),
+    [
+        ("auto", "bfloat16", "cuda", VARLEN),
+        ("varlen", "float16", "cuda", VARLEN),
+        ("auto", "float32", "cuda", BY_DOCUMENT),
+        ("sdpa", "bfloat16", "cuda", BY_DOCUMENT),
+        ("auto", "bfloat16", "cpu", BY_DOCUMENT),
+        ("varlen", "bfloat16", "cpu", None),
+        ("varlen", "float32", "cuda", None),
+    ],
+)
+def test_choice(wish: Any, dtype: str, device: str, chosen: str | None) -> None:
+    config = ModelConfig(path="x", attention=wish)
+    if chosen is None:
+        with pytest.raises(UserError, match=r"model\.attention"):
+            choose_attention(config, dtype, torch.device(device))
+    else:
+        assert choose_attention(config, dtype, torch.device(device)) == chosen

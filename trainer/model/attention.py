@@ -1,0 +1,142 @@
+"""Attention over packed documents, through transformers' attention interface.
+
+A packed row ``[1, tokens]`` holds documents end to end; `cu_seq_lens_q` says where each begins. Queries see only their
+own document, causally. No mask of tokens x tokens is ever built, and none is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+
+VARLEN = "packed_varlen"
+BY_DOCUMENT = "packed_by_document"
+
+
+def register_attention() -> None:
+    """Makes both kinds known to transformers, under `VARLEN` and `BY_DOCUMENT`. Calling it twice does no harm."""
+    for name, function in ((VARLEN, varlen_attention), (BY_DOCUMENT, document_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, refuse_padding)
+
+
+def choose_attention(config: ModelConfig, compute_dtype: str, device: torch.device) -> str:
+    """The registered name for ``model.attention`` on `device`.
+
+    Raises:
+        UserError: `varlen` was asked for where its kernel does not run.
+    """
+    can_varlen = device.type == "cuda" and compute_dtype != "float32"
+    if config.attention == "varlen" and not can_varlen:
+        raise UserError(
+            "model.attention",
+            f"varlen on {device.type} in {compute_dtype}",
+            "varlen runs on CUDA in 16 bit",
+            "use auto",
+        )
+    return VARLEN if can_varlen and config.attention != "sdpa" else BY_DOCUMENT
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Flash attention for documents of different lengths (``torch.nn.attention.varlen``).
+
+    Args:
+        query: ``[1, heads, tokens, head_dim]``; `key` and `value` the same, with fewer heads under GQA.
+        cu_seq_lens_q: ``[documents + 1]`` int32, cumulative lengths from 0.
+        max_length_q: length of the longest document.
+
+    Returns:
+        ``[1, tokens, heads, head_dim]`` and None (no attention weights).
+    """
+    if cu_seq_lens_q is None or max_length_q is None or value.dtype == torch.float32 or value.shape[-1] % 8:
+        return document_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs)
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Float32 norms and rotary tables under autocast leave query and key in float32; the kernel wants one dtype.
+    # torch 2.11 has no `enable_gqa`, hence the repeated heads.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, *_repeat_heads(query, key, value)))
+    behind = (-1, 0)  # everything behind, nothing ahead
+    cu, longest = cu_seq_lens_q, max_length_q
+    output = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=behind)
+    return output.unsqueeze(0), None  # type: ignore[union-attr]  # a pair only with return_aux
+
+
+def document_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal ``scaled_dot_product_attention``, one document after the other; exact on any device and dtype.
+
+    Arguments as in `varlen_attention`. Without `cu_seq_lens_q` every row is one document.
+
+    Raises:
+        ValueError: keys and queries differ in length, as with a KV cache.
+    """
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("packed attention has no KV cache: generate inside `cached_attention(model)`")
+    key, value = _repeat_heads(query, key, value)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Stands where transformers would build a mask: packed rows have none.
+
+    Raises:
+        ValueError: a mask that hides something, which these kernels would ignore silently.
+    """
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("packed attention takes no padding: run padded rows inside `cached_attention(model)`")
+
+
+@contextmanager
+def cached_attention(model: nn.Module) -> Iterator[None]:
+    """Generation inside: padded rows and a KV cache by transformers' own sdpa; packed attention again after it."""
+    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    config, generation = causal_lm.config, causal_lm.generation_config
+    before = config._attn_implementation, config.use_cache, generation.use_cache
+    causal_lm.set_attn_implementation("sdpa")
+    config.use_cache = generation.use_cache = True
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(before[0])
+        config.use_cache, generation.use_cache = before[1:]

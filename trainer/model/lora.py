@@ -1,0 +1,204 @@
+"""LoRA on frozen linears, fused: one autograd node for the base's matmul and the adapter's (arXiv:2106.09685).
+
+PEFT owns configuration, names and files, so an adapter trained here loads in PEFT and vLLM and one made by PEFT loads
+here. Only the forward is ours, and only where nothing special is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.config import AdapterConfig
+from trainer.errors import PacktrainError, UserError
+from trainer.model.nf4 import Format, NF4Linear, dequantize_weight
+
+
+class LoraMatMul(torch.autograd.Function):
+    """``x @ W.T + bias + scaling * x @ A.T @ B.T`` for a frozen W that is 16 bit or 4 bit.
+
+    Saves x, the rank-r product and the parameters themselves. PEFT's own path keeps the input twice (with a cast
+    between the adapter's dtype and the base's) and the adapter's output once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        bias: torch.Tensor | None,
+        format: Format | None,
+        *base: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: ``[..., in]`` in the dtype of the matmuls.
+            lora_a: ``[r, in]``, lora_b: ``[out, r]``; in their own dtype.
+            format: of a 4-bit base, else None.
+            base: ``weight [out, in]``, or ``packed, scales`` of a 4-bit one.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        weight = _dense(format, base, x.dtype)
+        low_rank = rows @ lora_a.to(x.dtype).t()
+        output = rows @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.t())
+        output.addmm_(low_rank, lora_b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, low_rank, lora_a, lora_b, *base)
+        ctx.scaling, ctx.format = scaling, format
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low_rank, lora_a, lora_b, *base = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        grad = grad.to(x.dtype)
+        grad_low_rank = (grad @ lora_b.to(x.dtype)).mul_(ctx.scaling)
+        grad_a = (grad_low_rank.t() @ rows).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = (grad.t() @ low_rank).mul_(ctx.scaling).to(lora_b.dtype) if ctx.needs_input_grad[2] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _dense(ctx.format, base, x.dtype)
+            grad_x.addmm_(grad_low_rank, lora_a.to(x.dtype))
+            grad_x = grad_x.view_as(x)
+        return grad_x, grad_a, grad_b, None, None, None, *(None for _ in base)
+
+
+def _dense(format: Format | None, base: tuple[torch.Tensor, ...] | list[torch.Tensor], dtype: torch.dtype) -> Any:
+    return base[0].to(dtype) if format is None else dequantize_weight(base[0], base[1], format, dtype)
+
+
+class FusedLora(PeftLoraLinear):
+    """PEFT's LoRA layer with a fused forward; PEFT's own for dropout, DoRA, several or disabled adapters."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[..., in] -> [..., out]``; in the input's dtype, or in the matmuls' under autocast."""
+        if args or kwargs or not self._is_plain():
+            return super().forward(x, *args, **kwargs)
+        adapter, device_type = self.active_adapters[0], x.device.type
+        base: Any = self.get_base_layer()
+        autocast = torch.is_autocast_enabled(device_type)
+        tensors: tuple[torch.Tensor, ...]
+        format: Format | None
+        if isinstance(base, NF4Linear):
+            dtype, format, tensors = base.compute_dtype, base.format, (base.packed, base.scales)
+        else:
+            dtype = torch.get_autocast_dtype(device_type) if autocast else base.weight.dtype
+            format, tensors = None, (base.weight,)
+        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        # autocast inside an autograd function would cast the forward and not the backward
+        with torch.autocast(device_type, enabled=False):
+            output = LoraMatMul.apply(x.to(dtype), lora_a, lora_b, self.scaling[adapter], base.bias, format, *tensors)
+        return output if autocast else output.to(x.dtype)
+
+    def _is_plain(self) -> bool:
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+            return False
+        base, dropout = self.get_base_layer(), self.lora_dropout[active[0]]
+        drops = isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0
+        frozen = isinstance(base, NF4Linear) or not base.weight.requires_grad
+        return frozen and not drops and active[0] not in self.lora_variant and not self.lora_bias[active[0]]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge into a 16-bit base.
+
+        Raises:
+            PacktrainError: the base is 4 bit, where rounding would lose the adapter.
+        """
+        if isinstance(self.get_base_layer(), NF4Linear):
+            raise PacktrainError("an adapter cannot be merged into 4-bit weights: use `packtrain merge`")
+        super().merge(safe_merge, adapter_names)
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+
+def decoder_linears(causal_lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """Linear modules of the decoder layers by full name, 4-bit ones included; neither embeddings nor head."""
+    layers = causal_lm.get_decoder().layers
+    prefix = next(name for name, module in causal_lm.named_modules() if module is layers)
+    return {
+        f"{prefix}.{name}": module
+        for name, module in layers.named_modules()
+        if isinstance(module, (nn.Linear, NF4Linear))
+    }
+
+
+def lora_config(causal_lm: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
+    """PEFT's configuration of `adapter`, `all-linear` spelled out (PEFT's own finds no 4-bit linears).
+
+    Raises:
+        UserError: a target or a module to save does not exist, or a tied one would be trained apart from its twin.
+    """
+    _check_rank(causal_lm, adapter)
+    # vLLM and older PEFT read an integer; PEFT computes with any number.
+    alpha: Any = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=_check_targets(causal_lm, adapter),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        modules_to_save=_check_modules_to_save(causal_lm, adapter),
+    )
+    config._register_custom_module({NF4Linear: FusedLora, nn.Linear: FusedLora})
+    return config
+
+
+def _check_targets(causal_lm: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
+    names = list(decoder_linears(causal_lm))
+    short = sorted({name.rpartition(".")[2] for name in names})
+    if adapter.targets == "all-linear":
+        return short
+    unknown = [t for t in adapter.targets if not any(name == t or name.endswith("." + t) for name in names)]
+    if unknown or not adapter.targets:
+        raise UserError("adapter.targets", ", ".join(unknown) or "no target", ", ".join(["all-linear", *short]))
+    return list(adapter.targets)
+
+
+def _check_rank(causal_lm: PreTrainedModel, adapter: AdapterConfig) -> None:
+    """Beyond the largest side of a matrix a rank adds nothing but memory."""
+    linears: dict[str, Any] = decoder_linears(causal_lm)
+    largest = max(max(linear.in_features, linear.out_features) for linear in linears.values())
+    if adapter.r > largest:
+        raise UserError("adapter.r", str(adapter.r), f"1 to {largest}, the largest side of the model's matrices")
+
+
+def _check_modules_to_save(causal_lm: PreTrainedModel, adapter: AdapterConfig) -> list[str] | None:
+    names = [name for name, module in causal_lm.named_modules() if isinstance(module, (nn.Embedding, nn.Linear))]
+    allowed = sorted({name.rpartition(".")[2] for name in names} - set(_short_names(causal_lm)))
+    if unknown := [name for name in adapter.modules_to_save if name not in allowed]:
+        raise UserError("adapter.modules_to_save", ", ".join(unknown), ", ".join(allowed))
+    if adapter.modules_to_save and causal_lm.config.tie_word_embeddings:
+        raise UserError(
+            "adapter.modules_to_save",
+            f"{', '.join(adapter.modules_to_save)} of a model whose head is tied to its embeddings",
+            "modules_to_save of models with untied embeddings",
+            "leave modules_to_save out, or train in full (no adapter)",
+        )
+    return adapter.modules_to_save or None
+
+
+def _short_names(causal_lm: PreTrainedModel) -> set[str]:
+    return {name.rpartition(".")[2] for name in decoder_linears(causal_lm)}
+
+
+def attach_adapter(causal_lm: PreTrainedModel, adapter: AdapterConfig, seed: int) -> PeftModel:
+    """Wraps a loaded model in a PeftModel with fresh adapter weights, the same for a seed on any device.
+
+    Raises:
+        UserError: see `lora_config`.
+    """
+    config = lora_config(causal_lm, adapter)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
+        torch.manual_seed(seed)
+        model = get_peft_model(causal_lm, config)
+    return model

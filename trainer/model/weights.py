@@ -1,0 +1,256 @@
+"""Where a base model's tensors come from: safetensors of a folder or the hub, or a seed. One tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+from trainer.model.shapes import SHAPES, published_shape
+
+CPU = torch.device("cpu")
+MODEL_TYPES = ("llama", "mistral")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
+# Llama-2's files on the hub still carry what older transformers kept of the rotary embedding.
+STALE_SUFFIX = "rotary_emb.inv_freq"
+RANDOM_CHUNK = {
+    "cpu": 2**18,
+    "cuda": 2**24,
+}  # elements of random numbers made at a time; the numbers do not depend on it
+
+
+# --------------------------------------------------------------------------------------------------- config and folder
+
+
+def resolve_folder(model: ModelConfig, patterns: list[str] = HUB_FILES) -> Path:
+    """The local folder of ``model.path``: itself, or the hub's snapshot in the cache, downloaded where missing.
+
+    Raises:
+        UserError: neither a folder nor to be had from the hub.
+    """
+    path = Path(model.path).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(
+            "model.path", f"no folder {model.path!r}", "a folder, or a hub id such as owner/name"
+        ) from error
+    except (OSError, ValueError) as error:  # the hub's errors are all one of these
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            "model.path",
+            f"{model.path!r} is no folder, and the hub did not give it: {type(error).__name__}: {first_line}",
+            fix="check the name and model.revision, log in with `hf auth login` for gated models, or download it first",
+        ) from error
+
+
+def load_base_config(model: ModelConfig) -> PretrainedConfig:
+    """The transformers config of the base. With ``init: random`` a published shape needs no files.
+
+    Raises:
+        UserError: no config.json, an unreadable one, or a model outside the Llama family.
+    """
+    shape = published_shape(model.path) if model.init == "random" else None
+    if shape is not None:
+        return LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
+    path = Path(model.path).expanduser()
+    if model.init == "random" and not path.exists() and "/" not in model.path:
+        raise UserError("model.path", f"no shape {model.path!r}", f"a folder, a hub id, meta-llama/ + {list(SHAPES)}")
+    file = path if path.is_file() else resolve_folder(model, ["config.json"] if model.init == "random" else HUB_FILES)
+    file = file if file.is_file() else file / "config.json"
+    if not file.is_file():
+        raise UserError("model.path", f"no config.json in {file.parent}", "a folder that transformers can load")
+    try:
+        config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(
+            str(file), f"not a model config: {error}", f"a config.json of {' or '.join(MODEL_TYPES)}"
+        ) from error
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            str(file), f"model_type {config.model_type}", ", ".join(MODEL_TYPES), "choose a Llama-family model"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(str(file), "an already quantised model", "16- or 32-bit weights", "name the unquantised model")
+    return config
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The transformers ``...ForCausalLM`` of `config` without storage.
+
+    Raises:
+        UserError: the config describes no model, such as one with an unknown kind of rotary embedding.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        found = f"its config.json makes no model: {type(error).__name__}: {error}"
+        raise UserError(config.name_or_path or "model.path", found, fix="use the model's own config.json") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+
+def iter_base_tensors(
+    model: ModelConfig, seed: int = 0, device: torch.device = CPU
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Streams the base's tensors by transformers' names, in the files' order; tied ones once.
+
+    Args:
+        seed: of ``init: random``; `RunConfig.train.seed`. The same numbers on any device.
+        device: where tensors are made. On the CPU they may be views of a mapped file: copy what you keep.
+
+    Raises:
+        UserError: a file is missing, truncated or no safetensors.
+    """
+    if model.init == "random":
+        yield from _random_tensors(load_base_config(model), getattr(torch, model.dtype), seed, device)
+        return
+    for file, names in weight_files(resolve_folder(model)).items():
+        yield from _read_file(file, names, device)
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files of `folder` and the tensors the index says each holds (None: no index).
+
+    Raises:
+        UserError: there are none, or the index names one that is missing.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            in_order = sorted((file_name, name) for name, file_name in weight_map.items())
+            files: dict[Path, list[str] | None] = {folder / file_name: [] for file_name, _ in in_order}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(str(index), "not a safetensors index", fix="download the model again") from error
+        for file_name, name in in_order:
+            names = files[folder / file_name]
+            assert names is not None
+            names.append(name)
+        for file in files:
+            if not file.is_file():
+                raise UserError(
+                    str(file), "the index names this file and it is missing", fix="download the model again"
+                )
+        return files
+    if single.is_file():
+        return {single: None}
+    if any(folder.glob("pytorch_model*.bin")):
+        raise UserError(
+            str(folder),
+            "weights in pytorch_model.bin, whose loading may run code",
+            f"{SINGLE} or {INDEX}",
+            "convert once: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",
+        )
+    raise UserError(str(folder), "no weights", f"{SINGLE} or {INDEX}", "init: random makes random ones")
+
+
+def _read_file(file: Path, names: list[str] | None, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            stored = list(tensors.keys())
+            if missing := sorted(set(names or []) - set(stored)):
+                raise UserError(
+                    str(file), f"tensor {missing[0]} is missing", "what the index says", "download it again"
+                )
+            wanted = None if names is None else set(names)
+            for name in tensors.offset_keys():
+                if (wanted is None or name in wanted) and not name.endswith(STALE_SUFFIX):
+                    yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            str(file), f"truncated or no safetensors file: {error}", "a whole file", "download or copy it again"
+        ) from error
+
+
+def base_content_hash(model: ModelConfig, seed: int) -> str:
+    """blake3 of everything `iter_base_tensors` reads, in hex: the files' bytes, or shape and seed of a random base."""
+    digest = blake3(max_threads=blake3.AUTO)
+    if model.init == "random":
+        config = load_base_config(model).to_diff_dict()
+        config.pop("transformers_version", None)
+        digest.update(json.dumps([config, model.dtype, seed], sort_keys=True, default=str).encode())
+        return "random-" + digest.hexdigest()
+    for file in weight_files(resolve_folder(model)):
+        digest.update(file.name.encode())
+        digest.update_mmap(file)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- random
+
+
+def _random_tensors(
+    config: PretrainedConfig, dtype: torch.dtype, seed: int, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    shapes = {name: p.shape for name, p in build_on_meta(config, dtype, "eager").named_parameters()}
+    for name, shape in shapes.items():
+        yield name, random_parameter(config, name, shape, seed, dtype, device)
+
+
+def random_parameter(
+    config: PretrainedConfig, name: str, shape: torch.Size, seed: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """One tensor of a random base: zeros for a bias, ones for a norm, `random_tensor` for a matrix."""
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=device)
+    std: float = getattr(config, "initializer_range", 0.02)
+    return random_tensor(name, shape, std, seed, dtype, device)
+
+
+def random_tensor(
+    name: str, shape: torch.Size, std: float, seed: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Nearly normal numbers that depend on `name`, `seed` and position alone: bitwise equal on CPU and CUDA.
+
+    Each is the sum of the four 16-bit parts of a splitmix64 hash (Steele et al., doi:10.1145/2660193.2660195), which
+    integers and one exact float32 product give alike everywhere; torch's generators differ between devices.
+    """
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    key = int.from_bytes(digest, "little", signed=True)
+    output = torch.empty(shape, dtype=dtype, device=device)
+    flat = output.view(-1)
+    chunk = RANDOM_CHUNK.get(device.type, RANDOM_CHUNK["cpu"])
+    parts_std = ((2**32 - 1) / 3) ** 0.5  # of the sum of four uniform 16-bit integers; their mean is 131070
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
+        bits = _splitmix64(torch.arange(start, stop, dtype=torch.int64, device=device), key)
+        total = bits.bitwise_and(0xFFFF)
+        for shift in (16, 32, 48):
+            total += (bits >> shift).bitwise_and_(0xFFFF)
+        flat[start:stop] = (total - 131070).to(torch.float32).mul_(std / parts_std)
+    return output
+
+
+def _splitmix64(counter: torch.Tensor, key: int) -> torch.Tensor:
+    """Hashes ``[n]`` int64 in place; arithmetic wraps modulo 2**64, and shifts are made logical by masks."""
+    state = counter.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
+        state ^= (state >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        if factor is not None:
+            state *= _signed(factor)
+    return state
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
