@@ -1,0 +1,211 @@
+"""A right merge is proven, and every planted fault is found with its evidence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.export_toys import make_run
+from tests.unit.test_merge import CASES, LORA, NF4
+from trainer.checkpoint.layout import read_manifest, write_manifest
+from trainer.config import RunConfig
+from trainer.errors import PacktrainError, UserError
+from trainer.export.merge import merge_adapter
+from trainer.export.verify import verify_export
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_right_merge_is_proven(
+    case: str, dtype: str, tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path
+) -> None:
+    config = toy_recipe(model={"path": str(toy_model_dir), "dtype": dtype}, **CASES[case])
+    run = make_run(tmp_path / "run", config)
+    merge_adapter(run, run / "merged")
+    report = verify_export(run)  # finds merged/ in the run
+    assert report.adapter_effect > 0.01
+    assert report.logit_error < (1e-4 if dtype == "float32" else 0.05)
+    assert report.rounded_otherwise < (1e-9 if dtype == "float32" else 0.01)
+    assert "validation rows" in report.prompts
+
+
+def test_original_base_tied_head_and_random_weights(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_tied_model_dir: Path
+) -> None:
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    shutil.copy(toy_tied_model_dir / "config.json", shape)
+    model = {"path": str(shape), "tokenizer": str(toy_tied_model_dir), "init": "random", "dtype": "bfloat16"}
+    run = make_run(tmp_path / "run", toy_recipe(model=model, adapter=LORA, quantization=NF4))
+    merge_adapter(run, run / "merged", "original")
+    assert verify_export(run / "merged").merged_onto == "original"
+
+
+def test_run_that_moved_is_found(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:
+    run = make_run(tmp_path / "run", toy_recipe(adapter=LORA))
+    merge_adapter(run, run / "merged")
+    run.rename(tmp_path / "moved")
+    verify_export(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "adapter")
+    with pytest.raises(UserError, match="adapter is not at"):
+        verify_export(tmp_path / "moved")
+
+
+def test_adapter_too_small_for_the_dtype_is_no_silent_loss(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path
+) -> None:
+    config = toy_recipe(model={"path": str(toy_model_dir), "dtype": "bfloat16"}, adapter=LORA)
+    run = make_run(tmp_path / "run", config, size=1e-4)
+    merge_adapter(run, run / "merged")
+    with pytest.raises(PacktrainError, match="bfloat16 is too coarse"):
+        verify_export(run)
+
+
+class TestPlantedFaults:
+    """Each tampers with a proven folder and rewrites its manifest, so that the hashes do not give it away."""
+
+    @pytest.fixture(scope="class")
+    def proven(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("proven")
+
+    @pytest.fixture
+    def run(self, proven: Path, tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path) -> Path:
+        """A run of its own for each test, copied from one that is made once."""
+        if not (proven / "run").exists():
+            shutil.copytree(toy_model_dir, proven / "base")
+            model = {"path": str(proven / "base"), "dtype": "bfloat16"}
+            config = toy_recipe(model=model, adapter={**LORA, "targets": ["q_proj", "up_proj"]}, quantization=NF4)
+            merge_adapter(make_run(proven / "run", config), proven / "run" / "merged")
+        shutil.copytree(proven / "run", tmp_path / "run")
+        return tmp_path / "run"
+
+    def catch(self, run: Path, match: str) -> None:
+        manifest = read_manifest(run / "merged")
+        write_manifest(run / "merged", manifest)
+        with pytest.raises(PacktrainError, match=match):
+            verify_export(run)
+
+    def change(self, run: Path, name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        file = run / "merged" / "model.safetensors"
+        tensors = load_file(file)
+        tensors[name] = value(tensors[name].float()).to(tensors[name].dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    def rewrite(self, file: Path, **values: Any) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    def base_and_delta(self, run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of q_proj: the dequantised weight it was merged onto, and what the adapter adds."""
+        adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+        key = f"base_model.model.{Q_PROJ.removesuffix('.weight')}"
+        delta = 4.0 * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
+        return load_file(run / "merged" / "model.safetensors")[Q_PROJ].float() - delta, delta
+
+    def test_nothing_planted(self, run: Path) -> None:
+        write_manifest(run / "merged", read_manifest(run / "merged"))
+        verify_export(run)
+
+    def test_one_merge_skipped(self, run: Path, proven: Path) -> None:
+        from trainer.export.verify import Verifier
+
+        with torch.no_grad():
+            untouched = Verifier(run / "merged")._read(f"base_model.model.{Q_PROJ}")
+        self.change(run, Q_PROJ, lambda _: untouched)
+        self.catch(run, "q_proj.weight is the base's, although its adapter is not zero")
+
+    @pytest.mark.parametrize("factor", [0.25, 0.9, 2.0])
+    def test_wrong_scale(self, run: Path, factor: float) -> None:
+        base, delta = self.base_and_delta(run)
+        self.change(run, Q_PROJ, lambda _: base + factor * delta)
+        self.catch(run, "q_proj.weight: .* elements differ from PEFT's float32 merge")
+
+    def test_merged_onto_the_wrong_base(self, run: Path, tmp_path: Path) -> None:
+        merge_adapter(run, tmp_path / "original", "original")
+        shutil.copy(tmp_path / "original" / "model.safetensors", run / "merged")
+        self.catch(run, "differ")
+
+    def test_truncated_instead_of_rounded(self, run: Path) -> None:
+        base, delta = self.base_and_delta(run)
+
+        def towards_zero(_: torch.Tensor) -> torch.Tensor:
+            bits = (base + delta * (1 - 2**-9)).contiguous().view(torch.int32)
+            return bits.bitwise_and(-(2**16)).view(torch.float32)
+
+        self.change(run, Q_PROJ, towards_zero)
+        self.catch(run, "one step beside the rounding|differ from PEFT")
+
+    def test_tensor_without_adapter_changed(self, run: Path) -> None:
+        self.change(run, "model.layers.1.self_attn.k_proj.weight", lambda w: w.index_fill(0, torch.tensor([3]), 0.5))
+        self.catch(run, "k_proj.weight has no adapter, and differs")
+
+    def test_logits_name_the_layer(self, run: Path) -> None:
+        self.change(run, "model.layers.1.mlp.up_proj.weight", lambda w: w * 1.5)
+        self.catch(run, r"Error after each layer: 0: 0\.\d+.*, 1: [0-9.]+")
+
+    def test_tensor_missing(self, run: Path) -> None:
+        file = run / "merged" / "model.safetensors"
+        tensors = load_file(file)
+        del tensors[Q_PROJ]
+        save_file(tensors, file, metadata={"format": "pt"})
+        self.catch(run, "q_proj.weight is missing")
+
+    def test_template_changed(self, run: Path) -> None:
+        file = run / "merged" / "chat_template.jinja"
+        file.write_text(file.read_text().replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"))
+        self.catch(run, "chat_template")
+
+    def test_stop_token_lost(self, run: Path) -> None:
+        self.rewrite(run / "merged" / "generation_config.json", eos_token_id=5)
+        self.catch(run, "without the trained stop token")
+
+    def test_tokenizer_of_another_model(self, run: Path) -> None:
+        file = run / "merged" / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["model"]["merges"] = []
+        file.write_text(json.dumps(tokenizer))
+        self.catch(run, "tokenizer")
+
+    def test_flipped_byte(self, run: Path) -> None:
+        file = run / "merged" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(PacktrainError, match=r"model\.safetensors does not have the hash"):
+            verify_export(run)
+
+    def test_another_adapter(self, run: Path) -> None:
+        file = run / "adapter" / "adapter_model.safetensors"
+        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
+        with pytest.raises(PacktrainError, match="is not the file that was merged"):
+            verify_export(run)
+
+    def test_another_base(self, run: Path, proven: Path) -> None:
+        file = proven / "base" / "model.safetensors"
+        whole = file.read_bytes()
+        try:
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            with pytest.raises(PacktrainError, match=r"content hash .* merged with"):
+                verify_export(run)
+        finally:
+            file.write_bytes(whole)
+
+    def test_nothing_merged(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="holds no model that packtrain merged"):
+            verify_export(tmp_path)
+
+
+def test_merged_folder_beside_the_users_own_recipe(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:
+    """`recipe.yaml` there does not make its folder a run."""
+    run = make_run(tmp_path / "run", toy_recipe(adapter=LORA))
+    merge_adapter(run, tmp_path / "out")
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    verify_export(tmp_path / "out")

@@ -1,0 +1,115 @@
+"""What a folder holds: a run's adapter or model, a lone PEFT adapter, or a whole model. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.checkpoint.layout import RunDir, find_damage, newest_manifest, read_manifest
+from trainer.config import RunConfig
+from trainer.errors import PacktrainError, UserError
+from trainer.recipe import load_recipe
+
+logger = logging.getLogger(__name__)
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a folder turned out to hold.
+
+    Attributes:
+        kind: ``adapter`` (PEFT files that need their base) or ``model`` (a transformers folder).
+        folder: where those files lie.
+        config: the recipe they were trained with, when it is known.
+        run_dir: the run they came from, when they lie in one.
+        base: identity of the base recorded while training (`BaseIdentity` as a dict), when there is one.
+    """
+
+    kind: Literal["adapter", "model"]
+    folder: Path
+    config: RunConfig | None = None
+    run_dir: RunDir | None = None
+    base: dict[str, Any] | None = None
+
+
+def find_result(folder: Path) -> Result:
+    """Finds what to load or merge in a run dir, an adapter folder or a model folder.
+
+    Of a run dir: its final adapter or model, else the best checkpoint's adapter, else the newest one's.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    if not folder.is_dir():
+        raise UserError(str(folder), "no such folder", "a run dir, an adapter folder or a model folder")
+    if is_run(folder):
+        return _result_of_run(RunDir(folder))
+    if (folder / ADAPTER_CONFIG).exists():
+        run_dir = enclosing_run(folder)
+        config = load_recipe(run_dir.recipe) if run_dir else None
+        return Result("adapter", folder, config, run_dir, _recorded_base(run_dir))
+    if (folder / "config.json").exists():
+        return Result("model", folder, _recipe_of_model(folder), enclosing_run(folder))
+    raise UserError(
+        str(folder),
+        "neither a run (recipe.yaml and checkpoints/), an adapter (adapter_config.json) nor a model (config.json)",
+        fix="name the --run-dir of a training, or a folder that transformers or PEFT wrote",
+    )
+
+
+def enclosing_run(folder: Path) -> RunDir | None:
+    """The run that `folder` (an adapter, a model, a checkpoint's adapter) lies in, if it lies in one."""
+    for parent in list(folder.resolve().parents)[:3]:
+        if is_run(parent):
+            return RunDir(parent)
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training made `folder`; a recipe alone may be the user's own file."""
+    run = RunDir(folder)
+    return run.recipe.exists() and (run.state.exists() or run.checkpoints.is_dir())
+
+
+def _result_of_run(run_dir: RunDir) -> Result:
+    config = load_recipe(run_dir.recipe)
+    if config.adapter is None:
+        if not (run_dir.model / "config.json").exists():
+            raise UserError(
+                str(run_dir.path), "the run has no finished model yet", fix="let `packtrain train` finish it"
+            )
+        return Result("model", run_dir.model, config, run_dir)
+    for adapter in _adapters_of_run(run_dir):
+        if (adapter / ADAPTER_CONFIG).exists():
+            return Result("adapter", adapter, config, run_dir, _recorded_base(run_dir))
+    raise UserError(
+        str(run_dir.path), "the run has no adapter and no checkpoint yet", fix="let `packtrain train` save one"
+    )
+
+
+def _adapters_of_run(run_dir: RunDir) -> Iterator[Path]:
+    yield run_dir.adapter
+    best = [run_dir.checkpoints / run_dir.best_name()] if run_dir.best_name() else []
+    for checkpoint in [*best, *(run_dir.step_dir(step) for step in reversed(run_dir.steps()))]:
+        if damage := find_damage(checkpoint):
+            logger.warning("%s. Trying another checkpoint", damage)
+        else:
+            yield checkpoint / "adapter"
+
+
+def _recorded_base(run_dir: RunDir | None) -> dict[str, Any] | None:
+    """The base's identity from the newest checkpoint."""
+    return newest_manifest(run_dir).get("base") if run_dir else None
+
+
+def _recipe_of_model(folder: Path) -> RunConfig | None:
+    """The recipe that a merged model's manifest, or the run around the folder, records."""
+    with contextlib.suppress(PacktrainError, ValueError):  # no manifest, or another program's
+        return RunConfig.model_validate(read_manifest(folder).get("recipe"))
+    run_dir = enclosing_run(folder)
+    return load_recipe(run_dir.recipe) if run_dir else None

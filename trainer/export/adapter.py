@@ -1,0 +1,146 @@
+"""A PEFT adapter as plain tensors: low-rank pairs by module, and tensors that replace the base's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from trainer.errors import UserError
+from trainer.model.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
+
+PREFIX = "base_model.model."
+# Each of these makes the adapter more than W + scale * B @ A (with DoRA's magnitude), or changes its layout.
+UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+
+
+@dataclass
+class LowRank:
+    """One module's adapter.
+
+    Attributes:
+        a: ``[r, in]``. b: ``[out, r]``.
+        scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        magnitude: ``[out]``, DoRA's row norms; None without DoRA.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether merging it would change nothing: B as it was initialised."""
+        return self.magnitude is None and not bool(self.b.any())
+
+    def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
+        """``W + scale * B @ A`` in float32; with DoRA its rows rescaled to `magnitude` (arXiv:2402.09353, eq. 5).
+
+        Args:
+            weight: ``[out, in]``, any float dtype, on any device.
+        """
+        a, b = (t.to(weight.device, torch.float32) for t in (self.a, self.b))
+        merged = weight.float().addmm(b, a, alpha=self.scale)
+        if self.magnitude is not None:
+            norm = torch.linalg.vector_norm(merged, dim=1)
+            merged *= (self.magnitude.to(weight.device, torch.float32) / norm).unsqueeze(1)
+        return merged
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter folder holds.
+
+    Attributes:
+        config: ``adapter_config.json``.
+        low_rank: module name -> its pair.
+        replaced: tensor name -> the tensor that takes the base's place (modules_to_save, resized embeddings).
+    """
+
+    config: dict[str, Any]
+    low_rank: dict[str, LowRank]
+    replaced: dict[str, torch.Tensor]
+
+    def changes(self, tensor: str) -> bool:
+        """Whether merging touches this tensor."""
+        return tensor in self.replaced or tensor.removesuffix(".weight") in self.low_rank
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads a folder in PEFT's format.
+
+    Raises:
+        UserError: files missing or broken, a kind of adapter that cannot be merged, keys of another form than PEFT's.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(str(folder / name), "no such file", "a folder in PEFT's format")
+    check_adapter_config(folder)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if used := [name for name in UNSUPPORTED if config.get(name)]:
+        raise UserError(str(folder / ADAPTER_CONFIG), f"{used[0]}: {config[used[0]]}", "LoRA, rsLoRA, DoRA on linears")
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(str(folder / ADAPTER_WEIGHTS), f"truncated or no safetensors file: {error}") from error
+    return _sort_tensors(folder, config, tensors)
+
+
+def _sort_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Adapter:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    replaced = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise UserError(str(folder / ADAPTER_WEIGHTS), f"key {key}", f"keys that begin with {PREFIX}")
+        name = key.removeprefix(PREFIX)
+        module, found, part = name.partition(".lora_")
+        if found:
+            parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor
+        else:
+            replaced[name.replace(".base_layer.", ".")] = tensor
+    allowed = {"A", "B", "magnitude_vector"} if config.get("use_dora") else {"A", "B"}
+    for module, found_parts in parts.items():
+        if set(found_parts) != allowed:
+            names = ", ".join(f"lora_{part}" for part in sorted(found_parts))
+            raise UserError(
+                str(folder / ADAPTER_WEIGHTS), f"{module} has {names}", ", ".join(f"lora_{p}" for p in sorted(allowed))
+            )
+        _check_rank(folder, config, module, found_parts["A"].shape[0])
+    low_rank = {
+        module: LowRank(p["A"], p["B"], _scale(config, module, p["A"].shape[0]), p.get("magnitude_vector"))
+        for module, p in parts.items()
+    }
+    return Adapter(config, low_rank, replaced)
+
+
+def _check_rank(folder: Path, config: dict[str, Any], module: str, rank: int) -> None:
+    """The scale depends on the rank: tensors and config must agree on it."""
+    patterns = config.get("rank_pattern") or {}
+    configured = patterns.get(get_pattern_key(list(patterns), module), config["r"])
+    if configured != rank:
+        raise UserError(str(folder / ADAPTER_CONFIG), f"r {configured}", f"{rank}, by {module}'s tensors")
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

@@ -1,0 +1,138 @@
+"""The base's tensors by name, with the shards they lie in: what merging and verifying read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from trainer.checkpoint.result import Result
+from trainer.config import ModelConfig, RunConfig
+from trainer.errors import UserError
+from trainer.export.consolidate import cut_into_shards
+from trainer.model.lora import decoder_linears
+from trainer.model.weights import (
+    STALE_SUFFIX,
+    base_content_hash,
+    build_on_meta,
+    load_base_config,
+    random_parameter,
+    resolve_folder,
+    weight_files,
+)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class BaseTensors:
+    """Random access to a base, on disk or made from a seed; nothing is kept in memory.
+
+    Attributes:
+        model: which base.
+        seed: of ``init: random``.
+    """
+
+    model: ModelConfig
+    seed: int = 0
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        return load_base_config(self.model)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, in the order of the shards."""
+        if self.model.init == "random":
+            return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        return {
+            name: tuple(self._handles[file].get_slice(name).get_shape())
+            for file, names in self.shards.items()
+            for name in names
+        }
+
+    @cached_property
+    def shards(self) -> dict[str, list[str]]:
+        """File name -> its tensors. A random base is cut into shards of some 4 GiB."""
+        if self.model.init != "random":
+            return {
+                name: [key for key in handle.offset_keys() if not key.endswith(STALE_SUFFIX)]
+                for name, handle in self._handles.items()
+            }
+        return cut_into_shards(self._parameters, getattr(torch, self.model.dtype))
+
+    @cached_property
+    def linears(self) -> set[str]:
+        """Names of the decoder layers' linear modules: those that a 4-bit base quantises."""
+        return set(decoder_linears(self._meta))
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor:
+        """The tensor as it is stored; on the CPU possibly a view of the mapped file."""
+        if self.model.init == "random":
+            shape = torch.Size(self.shapes[name])
+            return random_parameter(self.config, name, shape, self.seed, self.saved_dtype(name), device)
+        return self._handles[self._file_of[name]].get_tensor(name).to(device)
+
+    def saved_dtype(self, name: str) -> torch.dtype:
+        """Dtype the tensor is stored in; a random base is made in ``model.dtype``."""
+        if self.model.init == "random":
+            return getattr(torch, self.model.dtype)
+        slice_dtype = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(slice_dtype, torch.float32)
+
+    def content_hash(self) -> str:
+        """blake3 of the base, as training recorded it."""
+        return base_content_hash(self.model, self.seed)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """Where the base's files lie; None where a shape is all there is."""
+        return None if self.model.init == "random" else resolve_folder(self.model)
+
+    @cached_property
+    def _meta(self) -> Any:
+        return build_on_meta(self.config, torch.float32, "eager")
+
+    @property
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self._meta.named_parameters())
+
+    @cached_property
+    def _handles(self) -> dict[str, Any]:
+        assert self.folder is not None
+        return {file.name: safe_open(file, framework="pt") for file in weight_files(self.folder)}
+
+    @cached_property
+    def _file_of(self) -> dict[str, str]:
+        return {name: file for file, names in self.shards.items() for name in names}
+
+
+def base_of_recipe(config: RunConfig) -> BaseTensors:
+    """The base that a recipe trains on."""
+    return BaseTensors(config.model, config.train.seed)
+
+
+def check_unchanged(base: BaseTensors, result: Result) -> str:
+    """Compares the base with the one that training recorded.
+
+    Returns:
+        The base's content hash.
+
+    Raises:
+        UserError: it is another one now.
+    """
+    found = base.content_hash()
+    trained_on = (result.base or {}).get("content_hash")
+    if trained_on and trained_on != found:
+        raise UserError(
+            base.model.path,
+            f"the base has content hash {found}, and the adapter was trained on {trained_on}",
+            "the very files that were trained on",
+            f"put them back, or set model.path in {result.run_dir.recipe if result.run_dir else 'the recipe'}",
+        )
+    return found

@@ -1,0 +1,67 @@
+"""The model card that travels with a merged model: what is known, and fields left to fill for what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.checkpoint.layout import RunDir, read_manifest
+from trainer.checkpoint.result import Result
+
+if TYPE_CHECKING:
+    from trainer.export.merge import MergeReport
+
+
+def write_card(folder: Path, result: Result, report: MergeReport) -> None:
+    """Writes ``README.md`` into a merged model's folder."""
+    config, run_dir = result.config, result.run_dir
+    base = config.model.path if config else "as adapter_config.json says"
+    on_hub = config is not None and not Path(config.model.path).exists()
+    lines = [
+        "---",
+        *([f"base_model: {base}"] if on_hub else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "license: # to fill in; the base model's licence applies",
+        "---",
+        "",
+        f"# {folder.name.removesuffix('.tmp') if run_dir is None else run_dir.path.resolve().name}",
+        "",
+        "Trained and merged with packtrain. `manifest.json` has the hash of every file.",
+        "",
+        f"- Base: `{base}`, content hash `{(result.base or {}).get('content_hash', 'not recorded')}`",
+        f"- Merged onto the {report.base} weights: {report.changed} of {report.tensors} tensors changed",
+    ]
+    if config:
+        sources = ", ".join(f"`{source.path}` ({source.format})" for source in config.data.train)
+        lines += [
+            f"- Method: {config.method}"
+            + (f", r {config.adapter.r}, alpha {config.adapter.alpha:g}" if config.adapter else ""),
+            f"- Data: {sources}",
+            f"- Data fingerprint: `{_data_fingerprint(run_dir) or 'not recorded'}`",
+            f"- Template: {config.data.template}; trained on: {config.data.train_on}",
+            f"- Optimizer: {config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
+            *[f"- {line}" for line in _losses(run_dir)],
+        ]
+    lines += ["", "## To fill in", "", "- Licence of the data:", "- Intended use and limits:", "- Contact:", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _data_fingerprint(run_dir: RunDir | None) -> str | None:
+    steps = run_dir.steps() if run_dir else []
+    return read_manifest(run_dir.step_dir(steps[-1])).get("data") if run_dir and steps else None
+
+
+def _losses(run_dir: RunDir | None) -> list[str]:
+    """The last training loss and the lowest validation loss of the run's metrics."""
+    if run_dir is None or not run_dir.metrics.exists():
+        return []
+    records: list[dict[str, Any]] = [json.loads(line) for line in run_dir.metrics.read_text().splitlines() if line]
+    lines = []
+    if steps := [r for r in records if r["kind"] == "step"]:
+        lines.append(f"Training loss at step {steps[-1]['step']}: {steps[-1]['loss']:.4f}")
+    if evaluations := [r for r in records if r["kind"] == "eval"]:
+        best = min(evaluations, key=lambda r: r["loss"])
+        lines.append(f"Lowest validation loss: {best['loss']:.4f} at step {best['step']}")
+    return lines

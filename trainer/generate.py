@@ -1,0 +1,267 @@
+"""Answers from a model: greedy, sampled or by beams, batched with left padding and a KV cache.
+
+Prompts are rendered by the code that rendered the training rows, so a model is asked in the tokens it was taught.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils.logging import disable_progress_bar
+
+from trainer.checkpoint.result import ADAPTER_CONFIG, Result, find_result
+from trainer.config import ModelConfig, RunConfig
+from trainer.data.formats import TEXT_ROLE
+from trainer.data.layout import Rejected
+from trainer.data.masking import load_template, render_prompt, stop_token_ids
+from trainer.data.templates import Template
+from trainer.data.types import Example
+from trainer.errors import UserError
+from trainer.model.attention import cached_attention
+from trainer.model.load import check_adapter_config, load_adapter, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class InferenceModel:
+    """A model ready to answer, with what renders its prompts.
+
+    Attributes:
+        config: the recipe it was trained with, when the folder records one.
+        template: how conversations become tokens.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    config: RunConfig | None
+
+    def answer(self, prompt_ids: Sequence[list[int]], max_new_tokens: int, **settings: Any) -> list[str]:
+        """`generate` with this model, ending at the stop token trained with."""
+        stop_ids = stop_token_ids(self.template, self.tokenizer)
+        return generate(self.model, self.tokenizer, prompt_ids, max_new_tokens, stop_ids=stop_ids, **settings)
+
+    def prompt_ids(self, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a user's text, or of a conversation that ends with the user."""
+        return prompt_token_ids(prompt, self.template, self.tokenizer)
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_for_inference(folder: Path, device: torch.device | None = None) -> InferenceModel:
+    """Loads a run dir (base and adapter as trained), a merged or plain model folder, or an adapter folder.
+
+    Raises:
+        UserError: the folder holds none of these.
+    """
+    device = device or default_device()
+    result = find_result(folder)
+    if result.kind == "model":
+        own = load_tokenizer(ModelConfig(path=str(result.folder)))
+        model = _load_plain(result.folder, device).eval()
+        return InferenceModel(model, own, load_template("tokenizer", own), result.config)
+    if result.config is None:
+        return _load_foreign_adapter(result, device)
+    tokenizer = load_tokenizer(result.config.model)
+    loaded = load_model(result.config, device)
+    _check_base(loaded.base.content_hash, result)
+    load_adapter(loaded.model, result.folder)
+    template = load_template(result.config.data.template, tokenizer)
+    return InferenceModel(loaded.model.eval(), tokenizer, template, result.config)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    batch_size: int = 32,
+    stop_ids: Sequence[int] = (),
+    streamer: BaseStreamer | None = None,
+) -> list[str]:
+    """Continues each prompt until a stop token or `max_new_tokens`.
+
+    Args:
+        prompt_ids: token ids, each list of its own length, with begin tokens where the training had them.
+        temperature: 0 decodes greedily; above, tokens are drawn with torch's global generator.
+        top_p: share of probability that sampling draws from.
+        num_beams: width of the beam search.
+        batch_size: prompts in one forward.
+        stop_ids: tokens that end an answer beside the tokenizer's and the model's own.
+        streamer: receives tokens as they come (one prompt only).
+
+    Returns:
+        The answers without special tokens, in the order of the prompts.
+    """
+    ends = sorted({*stop_ids, *_own_stop_ids(model, tokenizer)})
+    settings = _generation_settings(ends, tokenizer.pad_token_id, max_new_tokens, temperature, top_p, num_beams)
+    answers = [""] * len(prompt_ids)
+    by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # little padding in a batch
+    with torch.no_grad(), cached_attention(model), _matmul_dtype(model):
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            inputs = _pad_left([prompt_ids[i] for i in chosen], settings.pad_token_id, next(model.parameters()).device)
+            output = model.generate(**inputs, generation_config=settings, streamer=streamer)  # type: ignore[operator]
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = text
+    return answers
+
+
+def answer_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    template: Template,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers in the middle of training: draws no random number and leaves the model's mode as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        ids = [prompt_token_ids(prompt, template, tokenizer) for prompt in prompts]
+        stop_ids = stop_token_ids(template, tokenizer)
+        return generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    finally:
+        model.train(was_training)
+
+
+def prompt_token_ids(
+    prompt: str | Sequence[dict[str, Any]], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Token ids that a user's text, or a conversation that ends with the user, is asked in."""
+    if isinstance(prompt, str):
+        role = "user" if template.text is not None else TEXT_ROLE  # without a template a prompt is text to go on with
+        prompt = [{"role": role, "content": prompt}]
+    try:
+        ids = render_prompt(Example("prompt", 0, list(prompt)), template, tokenizer)
+    except (Rejected, TemplateError) as error:
+        raise UserError("prompt", f"the template refuses it: {error}", fix="ask as the training rows do") from error
+    if not ids:
+        raise UserError("prompt", "is empty", "one token or more")
+    return ids
+
+
+def _check_base(content_hash: str, result: Result) -> None:
+    trained_on = (result.base or {}).get("content_hash", content_hash)
+    if content_hash != trained_on:
+        assert result.config is not None
+        raise UserError(
+            result.config.model.path,
+            f"the base has content hash {content_hash}, and the adapter was trained on {trained_on}",
+            "the very files that were trained on",
+            "put them back",
+        )
+
+
+def _load_plain(folder: Path | str, device: torch.device) -> nn.Module:
+    """A model as transformers loads it, but for tensors that are missing: those it would fill with random numbers."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            str(folder), f"cannot be loaded: {first_line}", "a folder that transformers can load", "copy it again"
+        ) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(str(folder), f"no tensor {missing[0]} ({len(missing)} missing)", "all of config.json")
+    return model.to(device)
+
+
+def _load_foreign_adapter(result: Result, device: torch.device) -> InferenceModel:
+    """An adapter that no run of ours surrounds: PEFT knows what to do with it."""
+    from peft import PeftModel
+
+    check_adapter_config(result.folder)
+    base = json.loads((result.folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            str(result.folder / ADAPTER_CONFIG), "base_model_name_or_path is empty", "the base's folder or id"
+        )
+    plain = _load_plain(base, device)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(plain, str(result.folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
+        found = str(error).strip().partition("\n")[0]
+        raise UserError(str(result.folder), f"PEFT cannot load it: {found}", "a folder that PEFT wrote") from error
+    own_tokenizer = (result.folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(ModelConfig(path=str(result.folder if own_tokenizer else base)))
+    return InferenceModel(model.eval(), tokenizer, load_template("tokenizer", tokenizer), None)
+
+
+def _generation_settings(
+    stop_ids: list[int],
+    pad_token_id: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    num_beams: int,
+) -> GenerationConfig:
+    """Every setting that transformers would else take from the model's own file is set here."""
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        num_beams=num_beams,
+        repetition_penalty=1.0,
+        eos_token_id=stop_ids or None,
+        pad_token_id=pad_token_id if pad_token_id is not None else (stop_ids or [0])[0],
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _own_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return [int(i) for i in [*configured, tokenizer.eos_token_id] if i is not None]
+
+
+def _pad_left(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+@contextlib.contextmanager
+def _matmul_dtype(model: nn.Module) -> Iterator[None]:
+    """Autocast where weights of several dtypes meet, as in training: a float32 adapter on a 16-bit base."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    half = {p.dtype for p in parameters} - {torch.float32}
+    mixed = len({p.dtype for p in parameters}) > 1
+    dtype = next(iter(half)) if half else torch.float32
+    with torch.autocast(parameters[0].device.type, dtype=dtype, enabled=mixed):
+        yield
