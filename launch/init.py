@@ -1,0 +1,150 @@
+"""`packtrain init`: a recipe to start from. Its comments are the descriptions of the config's own fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import UserError
+from trainer.recipe_schema import Loc, alternatives, describe, schema_at, takes_null
+from trainer.recipe_yaml import dump_inline
+
+GIB = 2**30
+ROOM_GIB = 5.0  # activations of one pack, recomputed layer by layer, and CUDA itself
+BYTES_PER_WEIGHT = {  # of frozen weights, or of trained weights with gradient and moments
+    "qlora": 0.6,  # NF4 with scales, and 16-bit embeddings
+    "lora": 2.0,
+    "full": 16.0,  # float32 weight, gradient and two moments
+    "full in 16 bit": 6.0,  # bfloat16 weight and gradient, 8-bit moments
+}
+
+
+def init(
+    *,
+    model: str,
+    data: str,
+    format: Literal["alpaca", "messages", "prompt_completion", "text"] = "messages",
+    columns: dict[str, str] | None = None,
+    method: Literal["full", "lora", "qlora"] = "qlora",
+    gpu_memory: float | None = None,
+    out: Path = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe. Every field is in it, those left at their default as comments.
+
+    Args:
+        model: folder or hub id of a Llama-family model.
+        data: file or hub id of the training rows.
+        format: how the rows are read.
+        columns: the format's field and the data set's column, where they differ: --columns.output response.
+        method: full trains every weight, lora an adapter on a 16-bit base, qlora one on a 4-bit base.
+        gpu_memory: GiB of the GPU it will run on.
+        out: where to write; an existing file is not touched.
+    """
+    chosen = choose_fields(model, data, format, columns or {}, method, gpu_memory)
+    hardware = f"one GPU of {gpu_memory:g} GiB" if gpu_memory else "one GPU"
+    header = f"""\
+# {model} on {data}: {method}, {hardware}
+#
+#   packtrain preprocess {out} --show 3    what is trained on
+#   packtrain train {out}                  trains, and resumes when called again
+#
+# A line that begins with "# name:" shows a default. Take its "# " away to change it.
+"""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(header + "\n".join(comment_fields(chosen)) + "\n")
+    except FileExistsError as error:
+        raise UserError(
+            "--out", f"{out} exists", "a file that does not exist yet", "remove it or name another"
+        ) from error
+    print(f"wrote {out}")
+
+
+def choose_fields(
+    model: str, data: str, format: str, columns: dict[str, str], method: str, gpu_memory: float | None
+) -> dict[str, Any]:
+    """The fields that differ from their defaults, for a method and a GPU.
+
+    Raises:
+        UserError: the GPU cannot hold the model by this method.
+    """
+    fields: dict[str, Any] = {
+        "model": {"path": model},
+        "data": {
+            "train": [{"path": data, "format": format} | ({"columns": columns} if columns else {})],
+            "template": "alpaca" if format == "alpaca" else "tokenizer",
+            "train_on": "all" if format == "text" else "assistant",
+            "split": {"validation": 0.02},
+            "pack_length": 2048 if gpu_memory and gpu_memory < 24 else 4096,
+        },
+        "optim": {"name": "adamw", "lr": 2.0e-5 if method == "full" else 2.0e-4, "max_grad_norm": 1.0},
+        "train": {"epochs": 1.0, "global_batch": {"tokens": 65536}},
+        "eval": {"every_steps": 50},
+        "checkpoint": {"every_steps": 50},
+    }
+    if method != "full":
+        fields["adapter"] = {"r": 16, "alpha": 32.0, "targets": "all-linear"}
+        fields["export"] = {"merge": True}
+    if method == "qlora":
+        fields["quantization"] = {"type": "nf4", "double_quant": True}
+        fields["optim"]["max_grad_norm"] = 0.3  # as in the QLoRA paper
+    if gpu_memory and not _fits(model, method, gpu_memory):
+        if method != "full" or not _fits(model, "full in 16 bit", gpu_memory):
+            raise _too_small(model, method, gpu_memory)
+        fields["optim"]["name"] = "paged_adamw_8bit"
+        fields["train"]["param_dtype"] = "bfloat16"
+    return fields
+
+
+def comment_fields(chosen: dict[str, Any], loc: Loc = (), indent: str = "") -> Iterator[str]:
+    """YAML lines of every field below `loc`: those of `chosen` as they are, others as comments with their default."""
+    section = next(option for option in alternatives(schema_at(loc)) if "properties" in option)
+    for name, field in section["properties"].items():
+        at = (*loc, name)
+        comment = f"  # {_describe(at)}"
+        if not loc:
+            yield ""
+        value = chosen.get(name)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            yield f"{indent}{name}:{comment}"
+            for index, entry in enumerate(value):
+                lines = list(comment_fields(entry, (*at, index), indent + "    "))
+                yield f"{indent}  - {lines[0].lstrip()}"
+                yield from lines[1:]
+        elif any("properties" in option for option in alternatives(field)) and (value or not takes_null(field)):
+            yield f"{indent}{name}:{comment}"
+            yield from comment_fields(value or {}, at, indent + "  ")
+        elif name in chosen:
+            yield f"{indent}{name}: {dump_inline(value)}{comment}"
+        else:
+            yield f"{indent}# {name}: {dump_inline(field['default'])}{comment}"
+
+
+def _describe(loc: Loc) -> str:
+    """A field's description, and its choices where they are few words."""
+    field = schema_at(loc) or {}
+    described = [field, *(option for option in alternatives(field) if "properties" in option)]
+    text = next((option["description"] for option in described if "description" in option), "")
+    choices = describe(field)
+    return f"{text} ({choices.removeprefix('one of ')})" if "enum" in field else text
+
+
+def _fits(model: str, method: str, gpu_memory: float) -> bool:
+    needed = _needed_gib(model, method)
+    return needed is None or needed <= gpu_memory
+
+
+def _needed_gib(model: str, method: str) -> float | None:
+    """Least GPU memory by rule of thumb, where the model's name tells its size, such as ``Llama-2-7b-hf``."""
+    size = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])", model.rpartition("/")[2].lower())
+    return float(size[1]) * 1e9 * BYTES_PER_WEIGHT[method] / GIB + ROOM_GIB if size else None
+
+
+def _too_small(model: str, method: str, gpu_memory: float) -> UserError:
+    least = _needed_gib(model, "full in 16 bit" if method == "full" else method)
+    fitting = [other for other in ("lora", "qlora") if other != method and _fits(model, other, gpu_memory)]
+    fix = f"--method {fitting[0]}" if fitting else "a smaller model or a larger GPU"
+    return UserError("--gpu-memory", f"{gpu_memory:g} GiB", f"about {least:.0f} GiB for {model} by {method}", fix)

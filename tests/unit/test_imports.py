@@ -1,0 +1,101 @@
+"""The layers: imports go one way, and reading a recipe or asking for help loads no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ["launch", "slurm", "trainer"]
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed", "vllm", "wandb"]
+ROOMS = {"data", "model", "strategies", "checkpoint", "metrics"}
+SHARED_BY_ROOMS = {"trainer.data.types", "trainer.checkpoint.layout"}  # types and paths
+ONLY_IN = {
+    "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/verify.py"},
+    "deepspeed": {"trainer/strategies/zero.py"},
+    "vllm": {"launch/serve.py", "trainer/export/verify.py"},
+    "wandb": {"trainer/metrics/trackers.py"},
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports anywhere, inside functions too; ``from a import b`` is a.b where b is a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            base = node.module or ""
+            submodules = [f"{base}.{alias.name}" for alias in node.names]
+            known = {module_name(file) for file in FILES}
+            yield from {name if name in known else base for name in submodules}
+
+
+def own_imports() -> dict[str, set[str]]:
+    return {module_name(path): {name for name in imports(path) if name.split(".")[0] in PACKAGES} for path in FILES}
+
+
+def room(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "trainer" and parts[1] in ROOMS else None
+
+
+def test_packages_import_one_way() -> None:
+    backward = [
+        f"{module} imports {name}"
+        for module, names in own_imports().items()
+        for name in names
+        if PACKAGES.index(name.split(".")[0]) < PACKAGES.index(module.split(".")[0])
+    ]
+    assert not backward
+
+
+def test_rooms_share_types_only() -> None:
+    allowed_outside = SHARED_BY_ROOMS | {
+        f"trainer.{name}" for name in ("config", "errors", "recipe", "recipe_schema", "optim", "schedule")
+    }
+    wrong = [
+        f"{module} imports {name}"
+        for module, names in own_imports().items()
+        for name in names
+        if room(module) and room(name) != room(module) and name not in allowed_outside
+    ]
+    assert not wrong
+
+
+def test_only_the_assembly_knows_the_loop_and_only_the_entries_know_the_assembly() -> None:
+    importers = {
+        target: {module for module, names in own_imports().items() if target in names}
+        for target in ("trainer.loop", "trainer.run")
+    }
+    assert importers["trainer.loop"] == {"trainer.run"}
+    assert importers["trainer.run"] == {"trainer.__main__", "launch.train"}
+
+
+def test_config_imports_nothing_of_packtrain() -> None:
+    assert own_imports()["trainer.config"] == set()
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_special_packages_are_imported_in_few_files(package: str) -> None:
+    found = {str(path.relative_to(ROOT)) for path in FILES if package in {name.split(".")[0] for name in imports(path)}}
+    assert found <= ONLY_IN[package]
+
+
+def test_light_modules_load_no_torch() -> None:
+    light = [module_name(path) for path in FILES if path.name == "__init__.py"]
+    light += ["trainer.config", "trainer.errors", "trainer.recipe", "trainer.checkpoint.layout", "trainer.data.types"]
+    light += [module_name(path) for path in FILES if path.parent.name == "launch" and path.stem != "__init__"]
+    code = f"import sys, {', '.join(light)}\nprint([name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "[]\n", result.stdout + result.stderr
