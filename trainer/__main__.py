@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, explain_os_error
 from trainer.recipe import load_recipe, split_overrides
 
 
@@ -24,7 +24,8 @@ def main() -> int:
         from trainer.run import train
 
         train(config, arguments.run_dir or Path("runs") / arguments.recipe.stem)
-    except PacktrainError as error:
+    except (PacktrainError, OSError) as failure:
+        error = explain_os_error(failure) if isinstance(failure, OSError) else failure
         print(error, file=sys.stderr)
         return error.exit_status
     return 0

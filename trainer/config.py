@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -119,6 +119,13 @@ class ScheduleConfig(Part):
     factor: float = Field(0.5, gt=0, lt=1, description="plateau: lr is multiplied by this ...")
     patience: int = Field(2, ge=0, description="plateau: ... after this many evaluations without improvement")
 
+    @field_validator("warmup")
+    @classmethod
+    def _share_or_steps(cls, warmup: float) -> float:
+        if warmup > 1 and not warmup.is_integer():
+            raise ValueError(f"schedule.warmup is {warmup}: below 1 it is a share of all steps, from 1 a whole number")
+        return warmup
+
 
 class GlobalBatch(Part):
     """Size of one optimizer step over all processes, in tokens or rows. Accumulation is derived."""
@@ -221,9 +228,7 @@ class RunConfig(Part):
                 "lower micro_batch or raise global_batch"
             )
         if self.export.merge and not self.adapter:
-            broken.append(
-                "export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false"
-            )
+            broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
         if not self.data.packing and self.train.global_batch.tokens is not None:
             broken.append("train.global_batch.tokens counts packs. Without packing set train.global_batch.rows")
         if broken:

@@ -1,5 +1,7 @@
 """Errors that users read, and the exit status each ends the program with."""
 
+import errno
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -32,6 +34,27 @@ class UserError(PacktrainError):
         if fix:
             lines.append(f"  fix: {fix}")
         super().__init__("\n".join(lines))
+
+
+# What a user can correct by naming another path; anything else, such as a full disk, is a failure.
+_WRONG_PATH = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
+
+
+def explain_os_error(error: OSError) -> PacktrainError:
+    """What the system refused to do with a file, for users."""
+    where, found = str(error.filename or "the system says"), error.strerror or str(error)
+    if error.errno in _WRONG_PATH:
+        return UserError(where, found, fix="name another path, or change what is there")
+    return PacktrainError(f"{where}: {found}")
 
 
 class TrainingDiverged(PacktrainError):

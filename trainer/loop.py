@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from trainer.checkpoint.layout import find_damage
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.sampler import GlobalBatchSampler, collate
 from trainer.data.types import PackedBatch, PackedRows
-from trainer.errors import Preempted, TrainingDiverged
+from trainer.errors import PacktrainError, Preempted, TrainingDiverged
 from trainer.metrics.meters import ThroughputMeter
 from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
@@ -240,6 +241,11 @@ class TrainLoop:
         best = self.checkpoints.best_step() if self.config.checkpoint.keep_best else None
         if best is None or best == self.state.step:
             return
+        if damage := find_damage(self.checkpoints.run_dir.step_dir(best)):
+            raise PacktrainError(
+                f"the best checkpoint is damaged: {damage}\n"
+                f"  fix: put it back, or delete {self.checkpoints.run_dir.best} to keep the last weights instead"
+            )
         self._restore(best)
         text = f"best weights loaded: step {best}, validation loss {self.state.best_loss:.4f}"
         self.recorder.event(self.state.step, "best_loaded", text)

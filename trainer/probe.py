@@ -43,8 +43,8 @@ def choose_micro_batch(
 ) -> Choice:
     """The recipe's sizes where it names them, else the fastest that fit; recompute is left set as chosen.
 
-    On a GPU each candidate runs one forward and backward over the longest packs, with the optimizer's moments
-    allocated. Without recompute comes first: a smaller micro-batch costs less than a second forward.
+    On a GPU each candidate runs forward and backward over the longest packs, with the optimizer's moments allocated.
+    Without recompute comes first: a smaller micro-batch costs less than a second forward.
 
     Raises:
         UserError: not even one pack with full recompute fits.
@@ -52,7 +52,7 @@ def choose_micro_batch(
     candidates = list(_candidates(train, strategy.device.type, min(packs_per_step, len(packs)), pack_length))
     choice = candidates[0]
     if len(candidates) > 1 and strategy.device.type == "cuda":
-        choice = _probe(candidates, strategy, packs, set_recompute)
+        choice = _probe(candidates, strategy, packs, packs_per_step, set_recompute)
     set_recompute(choice.recompute)
     return choice
 
@@ -70,7 +70,11 @@ def _candidates(train: TrainConfig, device_type: str, most: int, pack_length: in
 
 
 def _probe(
-    candidates: list[Choice], strategy: Strategy, packs: PackedRows, set_recompute: Callable[[bool], None]
+    candidates: list[Choice],
+    strategy: Strategy,
+    packs: PackedRows,
+    packs_per_step: int,
+    set_recompute: Callable[[bool], None],
 ) -> Choice:
     lengths = [sum(len(ids) for ids, _ in pack) for pack in packs]
     longest = sorted(range(len(packs)), key=lambda i: -lengths[i])
@@ -80,7 +84,8 @@ def _probe(
         for choice in candidates:
             set_recompute(choice.recompute)
             batch = collate([packs[i] for i in longest[: choice.micro_batch]])
-            if _fits(strategy, batch):
+            # Two, where a step has two: the second one's activations lie beside the first one's gradients.
+            if _fits(strategy, [batch] * min(2, -(-packs_per_step // choice.micro_batch))):
                 return choice
             logger.info("%s does not fit", choice)
     finally:
@@ -96,13 +101,13 @@ def _probe(
     )
 
 
-def _fits(strategy: Strategy, batch: PackedBatch) -> bool:
+def _fits(strategy: Strategy, micro_batches: list[PackedBatch]) -> bool:
     device = strategy.device
     torch.cuda.empty_cache()
     strategy.allocate_optimizer()
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        strategy.forward_backward([batch], batch.num_trained_tokens)
+        strategy.forward_backward(micro_batches, sum(batch.num_trained_tokens for batch in micro_batches))
         fits = True
     except torch.OutOfMemoryError:
         fits = False

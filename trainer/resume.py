@@ -6,13 +6,14 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
-from trainer.checkpoint.layout import RunDir, read_manifest
+from trainer.checkpoint.layout import RunDir, newest_manifest
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.recipe import load_recipe
 
+LOCK = ".lock"
 # What a resumed run may say differently: it changes neither the model, nor the samples, nor the optimizer.
 FREE_TO_CHANGE = (
     "train.log_every",
@@ -26,13 +27,21 @@ FREE_TO_CHANGE = (
 
 
 def check_recipe_unchanged(run: RunDir, config: RunConfig) -> None:
-    """Refuses to continue a run with another recipe.
+    """Refuses to write into a folder that no run made, or to continue a run with another recipe.
 
     Raises:
-        UserError: a field that shapes the training differs from the run dir's ``recipe.yaml``; all are named.
+        UserError: the run dir is a file or holds files of others that a run would write over; or a field that shapes
+            the training differs from its ``recipe.yaml``; all are named.
     """
-    if not run.steps() or not run.recipe.exists():
+    _check_own_folder(run)
+    if not run.steps():
         return
+    if not run.recipe.exists():
+        raise UserError(
+            str(run.recipe),
+            "no such file, although there are checkpoints: whether they are of this recipe is unknown",
+            fix="put it back, or train anew into another --run-dir",
+        )
     before, now = _flatten(load_recipe(run.recipe).model_dump()), _flatten(config.model_dump())
     changed = [
         f"{name} (was {before.get(name)!r}, now {now.get(name)!r})"
@@ -47,6 +56,21 @@ def check_recipe_unchanged(run: RunDir, config: RunConfig) -> None:
         )
 
 
+def _check_own_folder(run: RunDir) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(str(run.path), "is a file", "a folder, there or not yet", "name another --run-dir")
+    if (run.path / LOCK).exists() or run.state.exists():
+        return
+    written = (run.recipe, run.metrics, run.checkpoints, run.best, run.adapter, run.model, run.merged, run.report)
+    if foreign := [path.name for path in written if path.exists()]:
+        raise UserError(
+            str(run.path),
+            f"no run made this folder, and a run would write over its {', '.join(foreign)}",
+            "the folder of a run, or one of its own",
+            "name another --run-dir",
+        )
+
+
 def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
     """Refuses to continue on another base or other data than the checkpoints were taken on.
 
@@ -56,15 +80,12 @@ def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
     Raises:
         UserError: one differs.
     """
-    steps = run.steps()
-    if not steps:
-        return
-    saved = read_manifest(run.step_dir(steps[-1]))
+    saved = newest_manifest(run)
     for key, what in {"base": "base model", "data": "training data"}.items():
-        if saved[key] != identity[key]:
+        if saved and saved.get(key) != identity[key]:
             raise UserError(
                 str(run.path),
-                f"its checkpoints were trained with another {what}: {saved[key]}, now {identity[key]}",
+                f"its checkpoints were trained with another {what}: {saved.get(key)}, now {identity[key]}",
                 fix="restore what was there, or train anew into another --run-dir",
             )
 
@@ -76,8 +97,7 @@ def only_one_trainer(run: RunDir) -> Iterator[None]:
     Raises:
         UserError: another process trains in this run dir.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.path / ".lock", "a+") as lock:
+    with _open_lock(run) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -91,6 +111,16 @@ def only_one_trainer(run: RunDir) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _open_lock(run: RunDir) -> TextIO:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        return open(run.path / LOCK, "a+")
+    except OSError as error:
+        raise UserError(
+            str(run.path), f"cannot be written: {error}", "a folder of yours", "name another --run-dir"
+        ) from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

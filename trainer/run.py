@@ -22,7 +22,7 @@ from trainer.checkpoint.layout import RunDir, read_manifest, write_atomically
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.masking import load_template
-from trainer.data.prepare import Splits, load_splits
+from trainer.data.prepare import Splits, load_splits, log_report
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import PacktrainError, Preempted, UserError
 from trainer.export.consolidate import replace_folder, save_model
@@ -64,6 +64,8 @@ def train(config: RunConfig, run_dir: Path) -> None:
     check_recipe_unchanged(run, config)
     tokenizer = load_tokenizer(config.model)
     splits = load_splits(config, tokenizer)
+    for name, report in splits.reports.items():
+        log_report(name, report)
     _check_validation(config, splits)
     torch.manual_seed(config.train.seed)
     loaded = load_model(config, _device())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 from trainer.config import OptimConfig, ScheduleConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Schedule:
@@ -18,6 +21,9 @@ class Schedule:
     def __init__(self, schedule: ScheduleConfig, optim: OptimConfig, num_steps: int) -> None:
         self.config, self.peak, self.num_steps = schedule, optim.lr, num_steps
         self.warmup_steps = round(schedule.warmup * num_steps) if schedule.warmup < 1 else int(schedule.warmup)
+        if self.warmup_steps >= num_steps:
+            text = "schedule.warmup is %d steps and the run has %d: the learning rate never gets past its warm-up"
+            logger.warning(text, self.warmup_steps, num_steps)
         self.reductions = 0
         self.best_loss = math.inf
         self.bad_evaluations = 0

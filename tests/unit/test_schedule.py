@@ -1,5 +1,7 @@
 """Learning rates at the points a user would look at."""
 
+import itertools
+
 import pytest
 
 from trainer.config import OptimConfig, ScheduleConfig
@@ -17,7 +19,7 @@ def test_warmup_climbs_to_the_peak_and_the_last_step_still_trains(name):
     assert lr[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
     assert max(lr) == pytest.approx(1.0)
     assert lr[-1] > 0
-    assert all(a >= b for a, b in zip(lr[10:], lr[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(lr[10:]))
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])

@@ -92,6 +92,10 @@ class RunDir:
         """The last recorded state; empty before the first."""
         return json.loads(self.state.read_text()) if self.state.exists() else {}
 
+    def best_name(self) -> str:
+        """Name of the best checkpoint's folder; empty where none was noted."""
+        return self.best.read_text(encoding="utf-8", errors="replace").strip() if self.best.is_file() else ""
+
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint (its manifest is there), oldest first."""
         if not self.checkpoints.is_dir():
@@ -175,12 +179,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a committed folder.
 
     Raises:
-        PacktrainError: there is none, or it is not JSON.
+        PacktrainError: there is none, or it is not one that `write_manifest` wrote.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            raise ValueError("it lists no files")
+    except (OSError, ValueError) as error:
         raise PacktrainError(f"{folder / MANIFEST}: no readable manifest ({error})") from error
+    return manifest
+
+
+def newest_manifest(run: RunDir) -> dict[str, Any]:
+    """Of the newest checkpoint whose manifest can be read; empty where there is none."""
+    for step in reversed(run.steps()):
+        with contextlib.suppress(PacktrainError):
+            return read_manifest(run.step_dir(step))
+    return {}
 
 
 def find_damage(folder: Path) -> str | None:

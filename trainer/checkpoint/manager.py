@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from trainer.checkpoint.layout import (
+    MANIFEST,
     STEP_NAME,
     RunDir,
     begin_folder,
@@ -131,9 +132,7 @@ class CheckpointManager:
 
     def best_step(self) -> int | None:
         """Step of the checkpoint ``best`` points at, if it is there."""
-        if not self.run_dir.best.exists():
-            return None
-        match = STEP_NAME.fullmatch(self.run_dir.best.read_text().strip())
+        match = STEP_NAME.fullmatch(self.run_dir.best_name())
         step = int(match[1]) if match else None
         return step if step in self.run_dir.steps() else None
 
@@ -160,3 +159,7 @@ class CheckpointManager:
     def _remove_unfinished(self) -> None:
         for leftover in self.run_dir.checkpoints.glob("step_*.tmp"):
             shutil.rmtree(leftover)
+        for folder in self.run_dir.checkpoints.glob("step_*"):
+            if not (folder / MANIFEST).exists():
+                logger.warning("%s is missing: this checkpoint is of no use, and removed", folder / MANIFEST)
+                shutil.rmtree(folder)

@@ -105,7 +105,10 @@ def _prompt_completion(fields: dict[str, Any]) -> list[Message]:
 
 
 def _plain_text(fields: dict[str, Any]) -> list[Message]:
-    return [{"role": TEXT_ROLE, "content": _text(fields, "text")}]
+    text = _text(fields, "text")
+    if not text.strip():
+        raise BadRow("text is empty")
+    return [{"role": TEXT_ROLE, "content": text}]
 
 
 def _messages(fields: dict[str, Any]) -> list[Message]:
@@ -132,20 +135,32 @@ def _content(content: Any) -> str:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise BadRow("a message's content is not text")
-    return content
+    return _whole(content, "a message's content")
 
 
 def _text(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and not _is_absent(value):
         return str(value)
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text")
-    return value
+    return _whole(value, name)
 
 
 def _optional_text(fields: dict[str, Any], name: str) -> str:
-    return "" if fields.get(name) is None else _text(fields, name)
+    return "" if _is_absent(fields.get(name)) else _text(fields, name)
+
+
+def _is_absent(value: Any) -> bool:
+    """pandas writes NaN where a cell is empty."""
+    return value is None or value != value
+
+
+def _whole(text: str, name: str) -> str:
+    """`text`, if no character was cut in two: JSON can escape half a surrogate pair, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRow(f"{name} holds half a character (a lone surrogate)")
+    return text
 
 
 FORMATS = {

@@ -77,8 +77,6 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     names = [source.path for _, source in all_sources(data)]
     packs = {name: ArrowPacks(folder / name, names) for name in meta}
     reports = {name: DataReport(**meta[name], lengths=packs[name].rows.lengths().tolist()) for name in meta}
-    for name, report in reports.items():
-        _log_report(name, report)
     return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, key)
 
 
@@ -220,7 +218,8 @@ def _nothing_left(split: str, num_read: int, dropped: dict[str, int], data: Data
     )
 
 
-def _log_report(name: str, report: DataReport) -> None:
+def log_report(name: str, report: DataReport) -> None:
+    """Logs what became of a split's rows; what was dropped or cut is a warning."""
     log.info(
         "%s: %d rows in %d packs, %d tokens (%.1f%% trained), fill %.2f%%",
         name,

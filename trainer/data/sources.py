@@ -89,7 +89,7 @@ class JsonLines(Rows):
     def _parse(self, line: bytes, number: int) -> Row:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 self._where, f"{self._path}, line {number} is not JSON: {error}", fix="correct or remove the line"
             ) from error
@@ -156,6 +156,8 @@ def _read_json(path: Path, where: str) -> Rows:
         if error.msg == "Extra data":  # one object a line under the name of .json, as much of the hub's
             return JsonLines(path, where)
         raise UserError(where, f"{path} is not JSON: {error}", fix="correct the file") from error
+    except RecursionError as error:
+        raise UserError(where, f"{path} nests too deep", "a list of objects", "correct the file") from error
     if not isinstance(rows, list):
         raise UserError(where, f"{path} holds one {type(rows).__name__}", "a list of objects", "make it a list of rows")
     return ListRows([_checked_row(row, where, f"{path}, row {i}") for i, row in enumerate(rows)], _hash_file(path))

@@ -171,7 +171,7 @@ def _events(records: Records) -> str:
         [
             f"{r['step']:,}",
             str(r.get("time", "")).replace("T", " ")[:19],
-            str(r.get("event", "")),
+            str(r.get("event", "")).replace("_", " "),
             str(r.get("text", "")),
         ]
         for r in records.events
@@ -181,7 +181,7 @@ def _events(records: Records) -> str:
 
 def _identity(run_dir: RunDir) -> list[str]:
     """What was trained on what (of the newest checkpoint), and every file with its hash."""
-    best = run_dir.best.read_text(encoding="utf-8").strip() if run_dir.best.is_file() else ""
+    best = run_dir.best_name()
     folders = [run_dir.step_dir(step) for step in reversed(run_dir.steps())]
     results = [f for f in (run_dir.adapter, run_dir.model, run_dir.merged) if (f / MANIFEST).exists()]
     manifests = [(folder, _manifest(folder)) for folder in [*folders, *results]]
