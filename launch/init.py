@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from trainer.errors import UserError
 from trainer.recipe_schema import Loc, alternatives, describe, schema_at, takes_null
@@ -28,7 +31,7 @@ def init(
     format: Literal["alpaca", "messages", "prompt_completion", "text"] = "messages",
     columns: dict[str, str] | None = None,
     method: Literal["full", "lora", "qlora"] = "qlora",
-    gpu_memory: float | None = None,
+    gpu_memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
     out: Path = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe. Every field is in it, those left at their default as comments.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -41,7 +42,7 @@ class ShownRow:
 def preprocess(
     recipe: Path,
     *,
-    show: int = 0,
+    show: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     html: Path | None = None,
     json: bool = False,
     overrides: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,

@@ -187,9 +187,9 @@ def _load_plain(folder: Path | str, device: torch.device) -> nn.Module:
             folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        first_line = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            str(folder), f"cannot be loaded: {first_line}", "a folder that transformers can load", "copy it again"
+            str(folder), f"cannot be loaded: {reason}", "a folder that transformers can load", "copy it again"
         ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -213,8 +213,8 @@ def _load_foreign_adapter(result: Result, device: torch.device) -> InferenceMode
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(plain, str(result.folder))
     except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
-        found = str(error).strip().partition("\n")[0]
-        raise UserError(str(result.folder), f"PEFT cannot load it: {found}", "a folder that PEFT wrote") from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(str(result.folder), f"PEFT cannot load it: {reason}", "a folder that PEFT wrote") from error
     own_tokenizer = (result.folder / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(ModelConfig(path=str(result.folder if own_tokenizer else base)))
     return InferenceModel(model.eval(), tokenizer, load_template("tokenizer", tokenizer), None)

@@ -233,9 +233,8 @@ class TrainLoop:
     def _preempt(self, reason: str) -> None:
         self.save()
         self.checkpoints.wait()
-        text = f"{reason}: checkpoint of step {self.state.step} saved, stopping in order to be resumed"
-        self.recorder.event(self.state.step, "preempted", text)
-        raise Preempted(text)
+        self.recorder.event(self.state.step, "preempted", f"{reason}: checkpoint of step {self.state.step} saved")
+        raise Preempted(f"stopped at step {self.state.step} by {reason}; the same command goes on from there")
 
     def _load_best(self) -> None:
         best = self.checkpoints.best_step() if self.config.checkpoint.keep_best else None

@@ -98,7 +98,7 @@ def test_the_same_content_is_prepared_once(
 
 
 def test_other_content_is_prepared_anew(
-    tmp_path: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, own_cache: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     import copy
 
@@ -117,11 +117,24 @@ def test_other_content_is_prepared_anew(
         {"train": rows_of(write_rows(tmp_path / "more.jsonl", [*QUESTIONS, ("a", "b")]))["train"]},
     ]
     configs = [toy_recipe(data=rows_of(path, **change), train={"global_batch": {"rows": 2}}) for change in changes]
-    keys = [load_splits(config, toy_tokenizer).fingerprint for config in configs]
+    for config in configs:
+        load_splits(config, toy_tokenizer)
     other = copy.deepcopy(toy_tokenizer)
     other.add_tokens(["number"])
-    keys.append(load_splits(configs[0], other).fingerprint)
-    assert len(set(keys)) == len(keys)
+    load_splits(configs[0], other)
+    assert len([path for path in own_cache.iterdir() if path.is_dir()]) == len(configs) + 1
+
+
+def test_a_resumed_run_finds_its_data_whichever_version_of_the_code_prepares_it(
+    tmp_path: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
+    first = load_splits(toy_recipe(data=rows_of(path)), toy_tokenizer)
+    key = prepare.content_key
+    monkeypatch.setattr(prepare, "content_key", lambda parts: key({**parts, "code": "newer"}))
+    assert load_splits(toy_recipe(data=rows_of(path)), toy_tokenizer).fingerprint == first.fingerprint
+    other = rows_of(write_rows(path, [*QUESTIONS[:-1], ("a", "b")]))
+    assert load_splits(toy_recipe(data=other), toy_tokenizer).fingerprint != first.fingerprint
 
 
 def test_dropped_and_cut_rows_are_counted_by_reason(
@@ -190,7 +203,8 @@ def test_a_pool_of_processes_gives_the_same_rows(
     monkeypatch.setattr(prepare, "PARALLEL_ROWS", 1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     pooled = load_splits(config, toy_tokenizer)
-    assert (tmp_path / "other" / pooled.fingerprint).is_dir()
+    assert any((tmp_path / "other").glob("*/meta.json"))
+    assert pooled.fingerprint == alone.fingerprint
     assert list(pooled.train) == list(alone.train) and list(pooled.train.rows) == list(alone.train.rows)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from trainer.checkpoint.layout import (
     MANIFEST,
@@ -98,7 +99,7 @@ class CheckpointManager:
             return
         try:
             pending.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
             raise PacktrainError(f"{self.run_dir.checkpoints}: the checkpoint could not be saved: {error!r}") from error
 
     def newest_intact(self) -> int | None:
@@ -125,9 +126,15 @@ class CheckpointManager:
 
         Returns:
             The `progress` it was saved with.
+
+        Raises:
+            PacktrainError: the checkpoint is of another model.
         """
         folder = self.run_dir.step_dir(step)
-        dcp.load(state, checkpoint_id=folder / "dcp", no_dist=not dist.is_initialized())
+        try:
+            dcp.load(state, checkpoint_id=folder / "dcp", no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise PacktrainError(f"{folder}: the checkpoint cannot be read into this model: {error}") from error
         return read_manifest(folder)["progress"]
 
     def best_step(self) -> int | None:

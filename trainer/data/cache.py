@@ -4,7 +4,7 @@
 
     <cache>/<key>/train/rows.arrow    a row each: input_ids, labels, source (its index in the recipe), row, truncated
     <cache>/<key>/train/packs.arrow   a pack each: the rows in it
-    <cache>/<key>/meta.json           counts of every split
+    <cache>/<key>/meta.json           counts of every split, and the fingerprint of all of them
 
 A folder is built under another name and renamed when it is complete and on disk, so it is there whole or not at all; of
 several builders, on one host or many, one renames first and the others throw theirs away.
@@ -238,6 +238,17 @@ class ArrowPacks:
 
     def __iter__(self) -> Iterator[list[tuple[list[int], list[int]]]]:
         return (self[i] for i in range(len(self)))
+
+
+def fingerprint(folders: Sequence[Path]) -> str:
+    """blake3 of the splits' tokens, labels and packs, in hex: equal data has it, whichever version made it."""
+    hasher = blake3()
+    for folder in folders:
+        batches, packs = ArrowRows(folder, [])._batches, ArrowPacks(folder, [])
+        columns = ([np.diff(b.offsets) for b in batches], [b.input_ids for b in batches], [b.labels for b in batches])
+        for array in [*(part for column in columns for part in column), packs._offsets, packs._indices]:
+            hasher.update(array.tobytes())
+    return hasher.hexdigest(length=16)
 
 
 def _concatenate(lists: Sequence[list[int]]) -> pa.Array:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from trainer.config import DataConfig, RunConfig, Source
-from trainer.data.cache import META, ArrowPacks, ArrowRows, RowWriter, content_key, open_or_build, write_packs
+from trainer.data.cache import (
+    META,
+    ArrowPacks,
+    ArrowRows,
+    RowWriter,
+    content_key,
+    fingerprint,
+    open_or_build,
+    write_packs,
+)
 from trainer.data.formats import BadRow, read_example
 from trainer.data.masking import ANSWER_TOO_FAR, TOO_LONG, Dropped, build_labels
 from trainer.data.packing import keep_apart, pack_sequences
@@ -26,7 +35,7 @@ from trainer.data.sources import Row
 from trainer.data.splits import Part, SplitName, all_sources, draw_splits
 from trainer.data.templates import Template, load_template
 from trainer.data.types import IGNORE_INDEX, DataReport, Example, TokenizedRow
-from trainer.errors import UserError
+from trainer.errors import PacktrainError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +51,7 @@ class Splits:
 
     Attributes:
         reports: what became of each split's rows, by its name.
-        fingerprint: key of all content the splits come from.
+        fingerprint: of all splits' tokens, labels and packs; a resumed run must find the same.
     """
 
     train: ArrowPacks
@@ -73,11 +82,15 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     _check_target(data, template, tokenizer)
     key = content_key(_describe(data, parts, template, tokenizer))
     folder = open_or_build(key, lambda folder: _build(folder, parts, template, tokenizer, data))
-    meta = json.loads((folder / META).read_text())
     names = [source.path for _, source in all_sources(data)]
-    packs = {name: ArrowPacks(folder / name, names) for name in meta}
-    reports = {name: DataReport(**meta[name], lengths=packs[name].rows.lengths().tolist()) for name in meta}
-    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, key)
+    try:
+        meta = json.loads((folder / META).read_text())
+        counts, found = meta["splits"], meta["fingerprint"]
+        packs = {name: ArrowPacks(folder / name, names) for name in counts}
+        reports = {name: DataReport(**counts[name], lengths=packs[name].rows.lengths().tolist()) for name in counts}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors
+        raise PacktrainError(f"{folder}: this data cache is damaged: {error}\n  fix: delete the folder") from error
+    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found)
 
 
 def load_split_examples(
@@ -185,7 +198,8 @@ def _build(
                 raise _nothing_left(name, num_read, report.dropped, data)
             _pack(folder / name, report, data)
             meta[name] = {k: v for k, v in vars(report).items() if k != "lengths"}
-    (folder / META).write_text(json.dumps(meta, indent=1))
+    found = fingerprint([folder / name for name in meta])
+    (folder / META).write_text(json.dumps({"splits": meta, "fingerprint": found}, indent=1))
 
 
 def _count(report: DataReport, rows: Iterable[TokenizedRow]) -> None:

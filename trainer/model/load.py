@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -79,18 +80,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             revision=None if config.tokenizer else config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
         if not config.tokenizer and not Path(path).expanduser().is_dir():
             raise UserError(
                 "model.path",
-                f"{path!r} is no folder, and the hub did not give it: {first_line}",
+                f"{path!r} is no folder, and the hub did not give it: {reason}",
                 "a folder, or a hub id such as owner/name",
                 "check the name and model.revision, or log in with `hf auth login` for gated models",
             ) from error
         raise UserError(
             "model.tokenizer" if config.tokenizer else "model.path",
-            f"no tokenizer to be had from {path!r}: {first_line}",
+            f"no tokenizer to be had from {path!r}: {reason}",
             "a folder with tokenizer files, or a hub id",
             "name one in model.tokenizer",
         ) from error
