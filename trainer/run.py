@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -221,14 +222,15 @@ def _save_result(config: RunConfig, run: RunDir, tokenizer: Any, loaded: LoadedM
 
 
 def _export(config: RunConfig, run: RunDir) -> None:
-    if not (config.export.merge and config.adapter) or run.merged.exists():
+    if not (config.export.merge and config.adapter):
         return
     from trainer.export.merge import merge_adapter
     from trainer.export.verify import verify_export
 
-    run.write_state("running", run.read_state()["step"], "merging")
-    merged = merge_adapter(run.path, run.merged, config.export.base)
-    logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
+    if not run.merged.exists():
+        run.write_state("running", run.read_state()["step"], "merging")
+        merged = merge_adapter(run.path, run.merged, config.export.base)
+        logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
     if not config.export.verify:
         return
     run.write_state("running", run.read_state()["step"], "verifying")
@@ -244,13 +246,13 @@ def _export(config: RunConfig, run: RunDir) -> None:
 @contextlib.contextmanager
 def _recorded(run: RunDir, config: RunConfig) -> Iterator[None]:
     """From here on the run dir is ours: recipe, log file, and a ``state.json`` that says how it ended."""
-    run.logs.mkdir(parents=True, exist_ok=True)
+    steps = run.steps()
+    run.write_state("running", steps[-1] if steps else 0, started=time.time(), pid=os.getpid())
     write_atomically(run.recipe, dump_recipe(config))
+    run.logs.mkdir(exist_ok=True)
     handler = logging.FileHandler(run.logs / "rank_0.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
-    steps = run.steps()
-    run.write_state("running", steps[-1] if steps else 0, started=time.time(), pid=os.getpid())
     try:
         yield
         run.write_state("done", run.read_state()["step"])
@@ -258,9 +260,17 @@ def _recorded(run: RunDir, config: RunConfig) -> Iterator[None]:
     except Preempted as stop:
         run.write_state("preempted", run.steps()[-1], str(stop))
         raise
+    except KeyboardInterrupt:
+        run.write_state("cancelled", run.read_state().get("step", 0), "Ctrl-C twice")
+        raise
     except BaseException as error:
-        logger.error("%s", error, exc_info=not isinstance(error, PacktrainError))
-        run.write_state("failed", run.read_state().get("step", 0), f"{type(error).__name__}: {error}")
+        # To the log file alone: on the terminal whoever catches the error shows it.
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, str(error), (), sys.exc_info()))
+        with contextlib.suppress(OSError):  # the disk may be full
+            run.write_state("failed", run.read_state().get("step", 0), f"{type(error).__name__}: {error}")
+        if isinstance(error, OSError):
+            fix = "make room or mend the file system; the same command goes on from the last checkpoint"
+            raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
         raise
     finally:
         logging.getLogger().removeHandler(handler)
@@ -296,7 +306,7 @@ def _bytes_to_write(config: RunConfig, loaded: LoadedModel) -> int:
 
 
 def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             "WORLD_SIZE",
             f"{os.environ['WORLD_SIZE']} processes were started; each would train the same model on its own",

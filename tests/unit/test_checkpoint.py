@@ -87,7 +87,7 @@ def test_a_failed_save_is_raised_and_leaves_the_last_one(tmp_path):
     assert checkpoints.newest_intact() == 1
     checkpoints.close()
     assert manager(tmp_path).newest_intact() == 1
-    assert not list(tmp_path.glob("checkpoints/*.tmp"))
+    assert not list(tmp_path.glob("checkpoints/*.unfinished"))
 
 
 SAVE_FOREVER = """

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.unit.export_toys import make_run, peft_merge
-from trainer.checkpoint.layout import find_damage, read_manifest, write_manifest
+from trainer.checkpoint.layout import UNFINISHED, find_damage, read_manifest, write_manifest
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.merge import merge_adapter
@@ -221,7 +221,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=match):
             merge_adapter(source, out)
         assert not out.exists()
-        assert not out.with_name(out.name + ".tmp").exists()
+        assert not out.with_name(out.name + UNFINISHED).exists()
 
     def test_existing_folder_is_not_written_over(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -294,7 +294,7 @@ def test_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path, sharded_ru
     """)
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out2.tmp/*00002-of*.safetensors")):
+    while not list(tmp_path.glob("out2.unfinished/*00002-of*.safetensors")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.0005)

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from trainer.checkpoint.layout import RunDir
-from trainer.errors import TrainingDiverged, UserError
+from trainer.errors import PacktrainError, TrainingDiverged, UserError
 from trainer.metrics.trackers import read_metrics
 
 LORA = {"method": "lora", "r": 4, "alpha": 8}
@@ -87,6 +87,46 @@ def test_a_run_leaves_everything_a_user_looks_for(toy_recipe, tmp_path):
     assert (run.step_dir(12) / "adapter/adapter_model.safetensors").exists()
     assert run.best.exists() and run.recipe.exists() and (run.logs / "rank_0.log").read_text()
     assert list(run.tensorboard.iterdir())
+
+
+def test_a_second_start_of_a_finished_run_verifies_what_lies_there(toy_recipe, tmp_path):
+    config = toy_recipe(adapter=LORA, export={"merge": True, "verify": True})
+    run = train(config, tmp_path / "run")
+    train(config, run.path)
+    assert run.read_state()["state"] == "done"
+    victim = run.merged / "model.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(PacktrainError, match="does not have the hash"):
+        train(config, run.path)
+    assert run.read_state()["state"] == "failed"
+    assert "Traceback" in (run.logs / "rank_0.log").read_text()
+
+
+def test_ctrl_c_twice_ends_at_once_and_says_so(toy_recipe, tmp_path, monkeypatch):
+    from trainer.loop import TrainLoop
+
+    def interrupted(loop):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainLoop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(toy_recipe(adapter=LORA), tmp_path / "run")
+    assert RunDir(tmp_path / "run").read_state()["state"] == "cancelled"
+
+
+def test_a_full_disk_is_named_and_can_be_mended(toy_recipe, tmp_path, monkeypatch):
+    import errno
+
+    from trainer.loop import TrainLoop
+
+    def full(loop):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TrainLoop, "train_step", full)
+    with pytest.raises(PacktrainError, match=r"run: .*No space left on device\n  fix: make room"):
+        train(toy_recipe(adapter=LORA), tmp_path / "run")
 
 
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(toy_recipe, tmp_path):

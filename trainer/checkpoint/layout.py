@@ -29,6 +29,7 @@ from blake3 import blake3
 from trainer.errors import PacktrainError
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
 STEP_NAME = re.compile(r"step_(\d{8})")
 State = Literal["running", "done", "failed", "preempted", "cancelled"]
 
@@ -140,8 +141,8 @@ def hash_file(path: Path) -> str:
 
 
 def begin_folder(final: Path) -> Path:
-    """An empty folder to fill, named `final` + ``.tmp``, for `commit_folder`."""
-    temporary = final.with_name(final.name + ".tmp")
+    """An empty folder to fill, named `final` + `UNFINISHED`, for `commit_folder`."""
+    temporary = final.with_name(final.name + UNFINISHED)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary

@@ -1,6 +1,6 @@
 """CheckpointManager: asynchronous saves that either commit whole or never happened.
 
-``step_N.tmp/`` is filled by torch's distributed checkpoint in a thread, hashed, synced and renamed to ``step_N/``.
+``step_N.unfinished/`` is filled by torch's distributed checkpoint in a thread, hashed, synced, and renamed to ``step_N/``.
 A kill at any moment leaves the last committed step as it was.
 """
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from trainer.checkpoint.layout import (
     MANIFEST,
     STEP_NAME,
+    UNFINISHED,
     RunDir,
     begin_folder,
     commit_folder,
@@ -164,7 +165,7 @@ class CheckpointManager:
                 shutil.rmtree(self.run_dir.step_dir(old))
 
     def _remove_unfinished(self) -> None:
-        for leftover in self.run_dir.checkpoints.glob("step_*.tmp"):
+        for leftover in self.run_dir.checkpoints.glob(f"step_*{UNFINISHED}"):
             shutil.rmtree(leftover)
         for folder in self.run_dir.checkpoints.glob("step_*"):
             if not (folder / MANIFEST).exists():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint.layout import RunDir, read_manifest
+from trainer.checkpoint.layout import UNFINISHED, RunDir, read_manifest
 from trainer.checkpoint.result import Result
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def write_card(folder: Path, result: Result, report: MergeReport) -> None:
         "license: # to fill in; the base model's licence applies",
         "---",
         "",
-        f"# {folder.name.removesuffix('.tmp') if run_dir is None else run_dir.path.resolve().name}",
+        f"# {folder.name.removesuffix(UNFINISHED) if run_dir is None else run_dir.path.resolve().name}",
         "",
         "Trained and merged with packtrain. `manifest.json` has the hash of every file.",
         "",
