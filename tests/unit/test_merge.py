@@ -301,10 +301,10 @@ def test_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path, sharded_ru
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    finished = [f for f in tmp_path.glob("out*") if f.suffix != ".tmp"]
+    finished = [f for f in tmp_path.glob("out*") if f.suffix != UNFINISHED]
     assert len(finished) >= 2
     assert all(find_damage(folder) is None for folder in finished)
-    interrupted = list(tmp_path.glob("out*.tmp"))
+    interrupted = list(tmp_path.glob("out*.unfinished"))
     assert interrupted
     assert all(find_damage(folder) is not None for folder in interrupted)
     merge_adapter(sharded_run, interrupted[0].with_suffix(""))

@@ -1,7 +1,7 @@
 """CheckpointManager: asynchronous saves that either commit whole or never happened.
 
-``step_N.unfinished/`` is filled by torch's distributed checkpoint in a thread, hashed, synced, and renamed to ``step_N/``.
-A kill at any moment leaves the last committed step as it was.
+``step_N.unfinished/`` is filled by torch's distributed checkpoint in a thread, hashed, synced and renamed to
+``step_N/``. A kill at any moment leaves the last committed step as it was.
 """
 
 from __future__ import annotations
