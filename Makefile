@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slurm lint clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg pyproject.toml

@@ -41,16 +41,33 @@ def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocates every moment, by a step that changes nothing: zero gradients at a learning rate of zero."""
+    """Allocates the moments that are missing, as they are before the first step.
+
+    By a step that changes nothing, zero gradients at a learning rate of zero, whose count is then taken back. Moments
+    that exist stay: bitsandbytes never frees paged ones, so whoever allocates them twice pays twice.
+    """
+    missing = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    if not missing:
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in missing:
             parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        optimizer.step()
+        for parameter in missing:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] *= 0  # a tensor in place, a number by assignment
+    except torch.OutOfMemoryError:
+        for parameter in missing:
+            optimizer.state.pop(parameter, None)  # half of them would pass for all
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def optimizer_state(

@@ -104,9 +104,9 @@ def _probe(
 def _fits(strategy: Strategy, micro_batches: list[PackedBatch]) -> bool:
     device = strategy.device
     torch.cuda.empty_cache()
-    strategy.allocate_optimizer()
     torch.cuda.reset_peak_memory_stats(device)
     try:
+        strategy.allocate_optimizer()
         strategy.forward_backward(micro_batches, sum(batch.num_trained_tokens for batch in micro_batches))
         fits = True
     except torch.OutOfMemoryError:

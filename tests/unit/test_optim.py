@@ -57,6 +57,20 @@ def test_allocating_state_changes_no_weight(name):
     assert optimizer_state(optimizer, module.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_allocated_early_are_those_of_a_fresh_optimizer(name):
+    plain, plain_optimizer = build(name, weight_decay=0.1)
+    early, early_optimizer = build(name, weight_decay=0.1)
+    init_optimizer_state(early_optimizer)
+    for seed in range(3):
+        step(plain, plain_optimizer, seed)
+        step(early, early_optimizer, seed)
+        init_optimizer_state(early_optimizer)  # finds all there, and keeps them
+    for a, b in zip(plain.parameters(), early.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_eight_bit_moments_take_a_quarter_of_the_memory():
     module, optimizer = build("adamw_8bit")
     init_optimizer_state(optimizer)

@@ -68,11 +68,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def discard_gradients(self) -> None:
-        """Forgets accumulated gradients and moments, as if no step had been made (after a memory probe)."""
+        """Forgets accumulated gradients (after a memory probe)."""
 
     @abstractmethod
     def allocate_optimizer(self) -> None:
-        """Allocates the moments now, so that a memory probe or a restored checkpoint finds them."""
+        """Allocates moments that are missing, so that a memory probe or a restored checkpoint finds them."""
 
     @abstractmethod
     def state_dict(self) -> StateDict:

@@ -57,12 +57,12 @@ class SingleProcess(Strategy):
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.state.clear()
 
     def allocate_optimizer(self) -> None:
         init_optimizer_state(self.optimizer)
 
     def state_dict(self) -> StateDict:
+        self.allocate_optimizer()  # there are none yet when every step so far was skipped, and a resume asks for them
         state = {f"model.{name}": parameter.detach() for name, parameter in self._named_trained()}
         state |= optimizer_state(self.optimizer, self._named_trained())
         if self.scaler.is_enabled():
