@@ -107,7 +107,7 @@ def _exact_match(loaded: InferenceModel, examples: list[Example], config: RunCon
     template = load_template(config.data.template, loaded.tokenizer)
     prompts = [render_prompt(example, template, loaded.tokenizer) for example in examples]
     references = [reference_answer(example).strip() for example in examples]
-    # One token more than the longest reference: an answer that goes on is wrong anyhow.
+    # The longest reference, its stop token and one more: an answer that goes on is wrong anyhow.
     longest = max(len(ids) for ids in loaded.tokenizer(references, add_special_tokens=False)["input_ids"]) + 2
     answers = loaded.answer(prompts, longest)
     return sum(a.strip() == r for a, r in zip(answers, references, strict=True)) / len(references)

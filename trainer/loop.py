@@ -162,6 +162,8 @@ class TrainLoop:
         """Puts everything back to where the checkpoint of `step` was taken."""
         progress = self._restore(step)
         self.state = LoopState(**progress["loop"])
+        if self.config.checkpoint.keep_best and self.checkpoints.best_step() is None:
+            self.state.best_loss = None  # its checkpoint is damaged or was not kept: the best of what comes counts
         self.schedule.load_state_dict(progress["schedule"])
 
     def _batches_of(self, step: int) -> list[PackedBatch]:

@@ -76,8 +76,7 @@ def _probe(
     packs_per_step: int,
     set_recompute: Callable[[bool], None],
 ) -> Choice:
-    lengths = [sum(len(ids) for ids, _ in pack) for pack in packs]
-    longest = sorted(range(len(packs)), key=lambda i: -lengths[i])
+    longest = packs.lengths().argsort()[::-1].tolist()
     strategy.module.train()
     random_state = torch.cuda.get_rng_state(strategy.device)
     try:

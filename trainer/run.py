@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.layout import RunDir, read_manifest, write_atomically
+from trainer.checkpoint.layout import RunDir, hash_file, read_manifest, write_atomically
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.masking import load_template
@@ -35,8 +36,8 @@ from trainer.metrics.meters import ThroughputMeter, device_peak_flops, flops_per
 from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder
 from trainer.metrics.report import write_report
-from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
-from trainer.model.load import LoadedModel, load_model, load_tokenizer, save_adapter, set_recompute
+from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers, read_metrics
+from trainer.model.load import ADAPTER_WEIGHTS, LoadedModel, load_model, load_tokenizer, save_adapter, set_recompute
 from trainer.optim import build_optimizer
 from trainer.preemption import StopRequest
 from trainer.preflight import check_disk_space, checkpoint_bytes, result_bytes
@@ -67,9 +68,12 @@ def train(config: RunConfig, run_dir: Path) -> None:
     splits = load_splits(config, tokenizer)
     for name, report in splits.reports.items():
         log_report(name, report)
-    _check_validation(config, splits)
     torch.manual_seed(config.train.seed)
-    loaded = load_model(config, _device())
+    try:
+        loaded = load_model(config, _device())
+    except torch.OutOfMemoryError as error:
+        fix = "quantise the base (quantization: {type: nf4}), train an adapter, or choose a smaller model"
+        raise UserError("model.path", f"{config.model.path} does not fit this GPU: {error}", fix=fix) from error
     identity = {"base": asdict(loaded.base), "data": splits.fingerprint}
     check_identity(run, identity)
     if not run.steps():
@@ -80,7 +84,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
         _save_result(config, run, tokenizer, loaded)
         del loaded
         _free_memory()
-        _export(config, run)
+        _export(config, run, stop)
 
 
 def _fit(
@@ -98,6 +102,7 @@ def _fit(
     strategy.prepare(root, partial(build_optimizer, config.optim))
 
     save = partial(save_adapter, loaded.model) if config.adapter else None
+    identity = identity | {"recipe": hash_file(run.recipe), "world_size": strategy.world_size}
     checkpoints = CheckpointManager(run, config.checkpoint, identity, save)
     resumed = checkpoints.newest_intact()
     checkpoints.discard_after(resumed or 0)
@@ -107,9 +112,9 @@ def _fit(
     num_steps = sampler.num_steps
     log = MetricsLog(run)
     log.truncate_after(resumed or 0)
-    progress = Progress(num_steps, resumed or 0, config.train.log_every)
-    recorder = Recorder(log, Trackers(config, run, resumed or 0), progress)
-    try:
+    trackers = Trackers(config, run, resumed or 0)  # may fail, so before the bar that takes the terminal
+    recorder = Recorder(log, trackers, Progress(num_steps, resumed or 0, config.train.log_every))
+    with contextlib.closing(recorder), contextlib.closing(checkpoints):
         loop = TrainLoop(
             config=config,
             strategy=strategy,
@@ -128,13 +133,11 @@ def _fit(
         )
         torch.manual_seed(config.train.seed)
         if resumed is not None:
-            loop.resume(resumed)
+            with loop.meter.paused():
+                loop.resume(resumed)
         _announce(recorder, config, splits, loaded, resumed, num_steps, choice)
         loop.fit()
         run.write_state("running", loop.state.step, "trained; saving the result")
-    finally:
-        recorder.close()
-        checkpoints.close()
 
 
 def _sampler(config: RunConfig, num_packs: int) -> GlobalBatchSampler:
@@ -152,7 +155,8 @@ def _choose_sizes(
     recompute = partial(set_recompute, loaded.model)
     if resumed is not None and config.train.micro_batch == "auto":
         saved = read_manifest(run.step_dir(resumed))["progress"]
-        choice = Choice(saved["micro_batch"], saved["recompute"])
+        asked = {"none": False, "full": True}.get(config.train.recompute, saved["recompute"])
+        choice = Choice(saved["micro_batch"], asked)
         recompute(choice.recompute)
         return choice
     return choose_micro_batch(
@@ -221,18 +225,24 @@ def _save_result(config: RunConfig, run: RunDir, tokenizer: Any, loaded: LoadedM
         replace_folder(run.model, write_model)
 
 
-def _export(config: RunConfig, run: RunDir) -> None:
+def _export(config: RunConfig, run: RunDir, stop: StopRequest) -> None:
+    """Merges and verifies; what an earlier start merged from the same adapter is verified alone."""
     if not (config.export.merge and config.adapter):
         return
     from trainer.export.merge import merge_adapter
     from trainer.export.verify import verify_export
 
+    if run.merged.exists() and not _is_merge_of_result(config, run):
+        logger.info("%s is of another adapter or onto another base: merging anew", run.merged)
+        shutil.rmtree(run.merged)
     if not run.merged.exists():
+        _stop_if_asked(stop, "merging")
         run.write_state("running", run.read_state()["step"], "merging")
         merged = merge_adapter(run.path, run.merged, config.export.base)
         logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
     if not config.export.verify:
         return
+    _stop_if_asked(stop, "verifying")
     run.write_state("running", run.read_state()["step"], "verifying")
     proof = verify_export(run.merged)
     logger.info(
@@ -241,6 +251,19 @@ def _export(config: RunConfig, run: RunDir) -> None:
         100 * proof.logit_error,
         proof.computed,
     )
+
+
+def _is_merge_of_result(config: RunConfig, run: RunDir) -> bool:
+    """Whether ``merged/`` holds this very adapter, on the base that the recipe asks for now."""
+    record = read_manifest(run.merged)
+    base = config.export.base if config.quantization else "original"
+    merged = record.get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
+    return record.get("merged_onto") == base and merged == hash_file(run.adapter / ADAPTER_WEIGHTS)
+
+
+def _stop_if_asked(stop: StopRequest, before: str) -> None:
+    if stop.reason:
+        raise Preempted(f"trained, and stopped before {before} by {stop.reason}; the same command goes on from there")
 
 
 @contextlib.contextmanager
@@ -261,41 +284,28 @@ def _recorded(run: RunDir, config: RunConfig) -> Iterator[None]:
         run.write_state("preempted", run.steps()[-1], str(stop))
         raise
     except KeyboardInterrupt:
-        run.write_state("cancelled", run.read_state().get("step", 0), "Ctrl-C twice")
+        run.write_state("cancelled", _last_step(run), "Ctrl-C twice")
         raise
     except BaseException as error:
         # To the log file alone: on the terminal whoever catches the error shows it.
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, str(error), (), sys.exc_info()))
         with contextlib.suppress(OSError):  # the disk may be full
-            run.write_state("failed", run.read_state().get("step", 0), f"{type(error).__name__}: {error}")
+            run.write_state("failed", _last_step(run), f"{type(error).__name__}: {error}")
         if isinstance(error, OSError):
             fix = "make room or mend the file system; the same command goes on from the last checkpoint"
             raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            fix = "lower train.micro_batch or set train.recompute: full; then it goes on from the last checkpoint"
+            raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
         raise
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
 
 
-def _check_validation(config: RunConfig, splits: Splits) -> None:
-    """Settings that follow the validation loss need one."""
-    if splits.validation is not None and len(splits.validation):
-        return
-    asked = [
-        name
-        for name, needs in {
-            "eval.early_stopping": config.eval.early_stopping is not None,
-            "schedule.name: plateau": config.schedule.name == "plateau",
-            "eval.every_steps": config.eval.every_steps is not None and not config.eval.samples,
-        }.items()
-        if needs
-    ]
-    if asked:
-        raise UserError(
-            asked[0],
-            "there are no validation rows to evaluate on",
-            fix="set data.split.validation to a share above 0 or to sources, or remove " + asked[0],
-        )
+def _last_step(run: RunDir) -> int:
+    """The last step that was done, saved or not."""
+    return max((record["step"] for record in read_metrics(run.metrics) if record["kind"] == "step"), default=0)
 
 
 def _bytes_to_write(config: RunConfig, loaded: LoadedModel) -> int:

@@ -76,6 +76,13 @@ def test_packs_hold_the_rows_that_masking_makes(toy_recipe: Recipe, toy_tokenize
     assert sizes == {"train": 40, "validation": 16, "test": 8}
 
 
+def test_packs_know_their_lengths_without_their_tokens(
+    toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    packs = load_splits(toy_recipe(), toy_tokenizer).train
+    assert packs.lengths().tolist() == [sum(len(ids) for ids, _ in pack) for pack in packs]
+
+
 def test_without_packing_each_row_is_a_pack(
     tmp_path: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.unit.export_toys import make_run, peft_merge
-from trainer.checkpoint.layout import UNFINISHED, find_damage, read_manifest, write_manifest
+from trainer.checkpoint.layout import UNFINISHED, RunDir, find_damage, read_manifest, write_manifest
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.merge import merge_adapter
@@ -196,6 +196,20 @@ def test_serves_with_the_template_and_stop_token_trained_with(
     assert text == "<|begin|>[user]hi<|pad|>[assistant]"
     ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert set(ends) >= {tokenizer.convert_tokens_to_ids("<|pad|>"), tokenizer.eos_token_id}
+
+
+def test_a_loss_that_was_no_number_is_not_on_the_card(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:
+    run = make_run(tmp_path / "run", toy_recipe(adapter=LORA))
+    lines = [
+        {"kind": "step", "step": 1, "loss": 2.5},
+        {"kind": "eval", "step": 1, "loss": 2.25},
+        {"kind": "step", "step": 2, "loss": None},  # a skipped step
+        {"kind": "eval", "step": 2, "loss": None},
+    ]
+    RunDir(run).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
+    merge_adapter(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Training loss at step 1: 2.5000" in card and "Lowest validation loss: 2.2500 at step 1" in card
 
 
 def test_card_and_manifest_say_what_it_is(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:

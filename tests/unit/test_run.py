@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from trainer.checkpoint.layout import RunDir
-from trainer.errors import PacktrainError, TrainingDiverged, UserError
+from trainer.checkpoint.layout import RunDir, hash_file, read_manifest
+from trainer.errors import PacktrainError, Preempted, TrainingDiverged, UserError
 from trainer.metrics.trackers import read_metrics
 
 LORA = {"method": "lora", "r": 4, "alpha": 8}
@@ -85,6 +86,7 @@ def test_a_run_leaves_everything_a_user_looks_for(toy_recipe, tmp_path):
     assert (run.adapter / "tokenizer_config.json").exists()
     assert (run.merged / "config.json").exists()
     assert (run.step_dir(12) / "adapter/adapter_model.safetensors").exists()
+    assert read_manifest(run.step_dir(12))["recipe"] == hash_file(run.recipe)
     assert run.best.exists() and run.recipe.exists() and (run.logs / "rank_0.log").read_text()
     assert list(run.tensorboard.iterdir())
 
@@ -102,6 +104,45 @@ def test_a_second_start_of_a_finished_run_verifies_what_lies_there(toy_recipe, t
         train(config, run.path)
     assert run.read_state()["state"] == "failed"
     assert "Traceback" in (run.logs / "rank_0.log").read_text()
+
+
+def test_a_merge_onto_another_base_than_the_recipe_asks_for_is_made_anew(toy_recipe, tmp_path):
+    sections = {"adapter": LORA, "quantization": NF4}
+    run = train(toy_recipe(**sections, export={"merge": True, "verify": False}), tmp_path / "run")
+    assert read_manifest(run.merged)["merged_onto"] == "dequantized"
+    train(toy_recipe(**sections, export={"merge": True, "verify": False, "base": "original"}), run.path)
+    assert read_manifest(run.merged)["merged_onto"] == "original"
+
+
+def test_a_signal_after_the_last_step_stops_before_the_merge_and_the_next_start_merges(
+    toy_recipe, tmp_path, monkeypatch
+):
+    import trainer.run
+
+    save_result = trainer.run._save_result
+
+    def signalled(*arguments):
+        save_result(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = toy_recipe(adapter=LORA, export={"merge": True})
+    run = RunDir(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="before merging by SIGTERM"):
+        patch.setattr(trainer.run, "_save_result", signalled)
+        train(config, run.path)
+    assert run.read_state()["state"] == "preempted" and not run.merged.exists()
+    train(config, run.path)
+    assert run.read_state()["state"] == "done" and run.merged.exists()
+
+
+def test_a_resumed_run_recomputes_as_asked_now(toy_recipe, tmp_path):
+    def sections(recompute):
+        return {"adapter": LORA, "train": {"micro_batch": "auto", "recompute": recompute}}
+
+    run = train(toy_recipe(**sections("auto")), tmp_path / "run")
+    train(toy_recipe(**sections("full")), run.path)
+    texts = [r["text"] for r in records(run, "event") if r["event"] == "micro_batch"]
+    assert [text.endswith("recompute full") for text in texts] == [False, True]
 
 
 def test_ctrl_c_twice_ends_at_once_and_says_so(toy_recipe, tmp_path, monkeypatch):
@@ -127,6 +168,20 @@ def test_a_full_disk_is_named_and_can_be_mended(toy_recipe, tmp_path, monkeypatc
     monkeypatch.setattr(TrainLoop, "train_step", full)
     with pytest.raises(PacktrainError, match=r"run: .*No space left on device\n  fix: make room"):
         train(toy_recipe(adapter=LORA), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [("trainer.run.load_model", r"model.path: .* does not fit"), ("trainer.loop.TrainLoop.train_step", "micro_batch")],
+)
+def test_a_full_gpu_is_named_with_what_to_do(toy_recipe, tmp_path, monkeypatch, where, told):
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(PacktrainError, match=told) as error:
+        train(toy_recipe(adapter=LORA), tmp_path / "run")
+    assert "2.00 GiB" in str(error.value) and "fix: " in str(error.value)
 
 
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(toy_recipe, tmp_path):
@@ -177,6 +232,19 @@ def test_a_corrupt_newest_checkpoint_costs_steps_not_the_run(toy_recipe, tmp_pat
     assert losses(run) == before and run.steps()[-1] == 6
 
 
+def test_a_best_checkpoint_that_is_lost_gives_way_to_the_best_of_what_comes(toy_recipe, tmp_path):
+    """Else its loss, which no later evaluation may reach, would keep every later one from being kept."""
+    common = {"adapter": LORA, "eval": {"every_steps": 1}, "checkpoint": {"every_steps": 1, "keep": 9}}
+    run = train(toy_recipe(**common), tmp_path / "run")
+    manifest = json.loads((run.step_dir(3) / "manifest.json").read_text())
+    manifest["progress"]["loop"]["best_loss"] = 0.0  # as if an earlier evaluation had been unbeatable
+    (run.step_dir(3) / "manifest.json").write_text(json.dumps(manifest))
+    run.best.write_text("step_00000099\n")
+    shutil.rmtree(run.step_dir(4))
+    train(toy_recipe(**common), run.path)
+    assert run.best.read_text().strip() == run.step_dir(4).name
+
+
 def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(toy_recipe, toy_recipe_file, tmp_path):
     sections = {"adapter": LORA, "train": {"max_steps": 400, "epochs": 400}}
     run = RunDir(tmp_path / "run")
@@ -204,6 +272,7 @@ def test_a_diverging_run_stops_at_its_last_good_checkpoint(toy_recipe, tmp_path)
         train(config, tmp_path / "run")
     run = RunDir(tmp_path / "run")
     assert run.read_state()["state"] == "failed" and "optim.lr" in run.read_state()["reason"]
+    assert run.read_state()["step"] == len(losses(run)) > 1
     assert not run.model.exists()
     assert [r["event"] for r in records(run, "event")].count("skipped_step") == 3
     assert all(bool(t.isfinite().all()) for name, t in saved_tensors(run, run.steps()[0]).items() if "rng" not in name)

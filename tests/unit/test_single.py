@@ -92,3 +92,14 @@ def test_the_scaled_loss_gives_the_same_gradient():
         single.forward_backward([ONES], num_trained_tokens=3)
         single.step(lr=0.1, max_norm=None)
     torch.testing.assert_close(plain.module.model.weight, scaled.module.model.weight)
+
+
+def test_a_checkpoint_before_the_first_whole_step_holds_what_a_resume_asks_for():
+    single = SingleProcess(torch.device("cpu"), loss_scaling=True)
+    single.prepare(Root(), lambda module: torch.optim.AdamW(module.parameters(), lr=0.1))
+    single.forward_backward([BROKEN], num_trained_tokens=1)
+    assert single.step(lr=0.1, max_norm=None).skipped
+    before = set(single.state_dict())
+    single.forward_backward([ONES], num_trained_tokens=1)
+    assert not single.step(lr=0.1, max_norm=None).skipped
+    assert before == set(single.state_dict()) and "optim.weight.exp_avg" in before

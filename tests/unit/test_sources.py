@@ -83,6 +83,17 @@ def test_a_folder_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.M
         open_source(source(folder, split="dev"), "w")
 
 
+def test_slices_of_a_split_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hashes name the data cache: equal ones would train on the rows of another slice."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write(tmp_path / "set" / "train.jsonl", ROWS).parent
+    first, second = (open_source(source(folder, split=f"train[{cut}]"), "w") for cut in (":10", "10:20"))
+    assert len(first) == len(second) == 10
+    assert first.content_hash != second.content_hash
+
+
 def test_hash_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
     def content_hash(name: str, rows: list[dict[str, Any]]) -> str:
         return open_source(source(write(tmp_path / name, rows)), "w").content_hash

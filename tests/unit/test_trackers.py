@@ -185,4 +185,4 @@ def test_wandb_offline_records_and_a_resumed_run_keeps_its_id(run_dir: RunDir, m
             trackers.log_text("sample: Why <b>?\nSay/so.", "because", resumed_step + 1)
     run_id = (run_dir.path / "wandb" / "run_id").read_text()
     recorded = sorted((run_dir.path / "wandb").glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"))
-    assert recorded and all(b"train/loss" in path.read_bytes() for path in recorded)
+    assert len(recorded) == 2 and all(path.stat().st_size > 0 for path in recorded)

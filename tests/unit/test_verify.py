@@ -50,6 +50,18 @@ def test_original_base_tied_head_and_random_weights(
     assert verify_export(run / "merged").merged_onto == "original"
 
 
+def test_rows_that_the_template_refuses_are_no_prompts(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_rows_file: Path
+) -> None:
+    refused = {"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(refused) + "\n" + toy_rows_file.read_text())
+    data = {"train": [{"path": str(rows), "format": "messages"}], "template": "alpaca", "split": {}, "pack_length": 128}
+    run = make_run(tmp_path / "run", toy_recipe(adapter=LORA, data=data))
+    merge_adapter(run, run / "merged")
+    assert verify_export(run).prompts == "4 prompts of the train rows"
+
+
 def test_run_that_moved_is_found(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:
     run = make_run(tmp_path / "run", toy_recipe(adapter=LORA))
     merge_adapter(run, run / "merged")

@@ -121,11 +121,11 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames and new files inside `path` survive a power cut."""
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or renames and new files inside a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,23 +150,22 @@ def begin_folder(final: Path) -> Path:
 
 def commit_folder(temporary: Path, final: Path) -> None:
     """Syncs everything in `temporary` and renames it to `final`, which must not exist."""
-    for entry in temporary.rglob("*"):
-        if entry.is_dir():
-            sync_directory(entry)
-        else:
-            with open(entry, "rb") as file:
-                os.fsync(file.fileno())
-    sync_directory(temporary)
+    for entry in [*temporary.rglob("*"), temporary]:
+        sync(entry)
     os.rename(temporary, final)
-    sync_directory(final.parent)
+    sync(final.parent)
 
 
 @contextlib.contextmanager
 def folder_appears_when_complete(final: Path) -> Iterator[Path]:
     """Yields a folder to fill; after success it is synced and becomes `final`, after an error `final` never appears."""
     temporary = begin_folder(final)
-    yield temporary
-    commit_folder(temporary, final)
+    try:
+        yield temporary
+        commit_folder(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half a model
+        raise
 
 
 def write_manifest(folder: Path, record: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from blake3 import blake3
 
+from trainer.checkpoint.layout import sync
 from trainer.data.packing import Packs
 from trainer.data.types import TokenizedRow
 
@@ -85,12 +86,12 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
     try:
         build(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         with contextlib.suppress(OSError):  # another host was first: its folder is as good
             os.rename(temporary, final)
         if not final.is_dir():
             raise OSError(f"cannot rename {temporary} to {final}")
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -114,14 +115,6 @@ def _remove_abandoned(root: Path, key: str) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RowWriter:
@@ -238,6 +231,10 @@ class ArrowPacks:
 
     def __iter__(self) -> Iterator[list[tuple[list[int], list[int]]]]:
         return (self[i] for i in range(len(self)))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pack, int64 ``[packs]``; reads no token."""
+        return np.add.reduceat(self.rows.lengths()[self._indices], self._offsets[:-1])
 
 
 def fingerprint(folders: Sequence[Path]) -> str:

@@ -101,6 +101,13 @@ def load_split_examples(
     Raises:
         UserError: as `load_splits`; or the recipe has no such split.
     """
+    return list(iter_split_examples(config, split, tokenizer))
+
+
+def iter_split_examples(
+    config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Example]:
+    """As `load_split_examples`, read as they are taken: whoever wants the first few need not read all."""
     parts = draw_splits(config)
     if split not in parts:
         fix = f"set data.split.{split} to a share or to sources"
@@ -108,13 +115,10 @@ def load_split_examples(
     kept = None
     if tokenizer is not None:
         kept = set(dict(load_splits(config, tokenizer).items())[split].rows.origins())
-    return [
-        example
-        for part in parts[split]
-        for indices, rows in part.chunks()
-        for example in _read(part.source, part.columns, indices, rows)[0]
-        if kept is None or (part.index, example.row) in kept
-    ]
+    for part in parts[split]:
+        for indices, rows in part.chunks():
+            examples, _ = _read(part.source, part.columns, indices, rows)
+            yield from (example for example in examples if kept is None or (part.index, example.row) in kept)
 
 
 def _check_target(data: DataConfig, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:

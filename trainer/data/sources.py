@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
+from trainer.checkpoint.layout import hash_file
 from trainer.config import Source
 from trainer.errors import UserError
 
@@ -73,7 +74,7 @@ class JsonLines(Rows):
                 position += len(line)
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
         self.columns = list(dict.fromkeys(key for row in self.take(range(min(100, len(starts)))) for key in row))
-        self.content_hash = _hash_file(path)
+        self.content_hash = hash_file(path)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -160,7 +161,7 @@ def _read_json(path: Path, where: str) -> Rows:
         raise UserError(where, f"{path} nests too deep", "a list of objects", "correct the file") from error
     if not isinstance(rows, list):
         raise UserError(where, f"{path} holds one {type(rows).__name__}", "a list of objects", "make it a list of rows")
-    return ListRows([_checked_row(row, where, f"{path}, row {i}") for i, row in enumerate(rows)], _hash_file(path))
+    return ListRows([_checked_row(row, where, f"{path}, row {i}") for i, row in enumerate(rows)], hash_file(path))
 
 
 def _read_csv(path: Path, where: str) -> Rows:
@@ -175,7 +176,7 @@ def _read_csv(path: Path, where: str) -> Rows:
             raise UserError(
                 where, f"{path}, row {i} has more fields than the header", fix="quote fields that hold commas"
             )
-    return ListRows(rows, _hash_file(path))
+    return ListRows(rows, hash_file(path))
 
 
 def _read_parquet(path: Path, where: str) -> Rows:
@@ -183,7 +184,7 @@ def _read_parquet(path: Path, where: str) -> Rows:
     import pyarrow.parquet
 
     try:
-        return TableRows(pyarrow.parquet.read_table(path, memory_map=True), _hash_file(path))
+        return TableRows(pyarrow.parquet.read_table(path, memory_map=True), hash_file(path))
     except pa.ArrowInvalid as error:
         raise UserError(where, f"{path} is not Parquet: {error}", fix="correct the file") from error
 
@@ -216,12 +217,6 @@ def _checked_row(row: Any, where: str, place: str) -> Row:
             where, f"{place} is a {type(row).__name__}", "an object of named fields", "correct or remove it"
         )
     return row
-
-
-def _hash_file(path: Path) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
-    hasher.update_mmap(path)
-    return hasher.hexdigest()
 
 
 def _hash_table(table: pa.Table) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 IGNORE_INDEX = -100
@@ -52,6 +53,9 @@ class PackedRows(Protocol):
     def __getitem__(self, index: int) -> list[tuple[list[int], list[int]]]: ...
 
     def __iter__(self) -> Iterator[list[tuple[list[int], list[int]]]]: ...
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pack, int64 ``[packs]``."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from trainer.checkpoint.result import Result
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.export.consolidate import cut_into_shards
 from trainer.model.lora import decoder_linears
@@ -110,11 +110,6 @@ class BaseTensors:
     @cached_property
     def _file_of(self) -> dict[str, str]:
         return {name: file for file, names in self.shards.items() for name in names}
-
-
-def base_of_recipe(config: RunConfig) -> BaseTensors:
-    """The base that a recipe trains on."""
-    return BaseTensors(config.model, config.train.seed)
 
 
 def check_unchanged(base: BaseTensors, result: Result) -> str:

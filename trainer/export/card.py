@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trainer.checkpoint.layout import UNFINISHED, RunDir, read_manifest
+from trainer.checkpoint.layout import UNFINISHED, RunDir, newest_manifest
 from trainer.checkpoint.result import Result
+from trainer.metrics.trackers import read_metrics
 
 if TYPE_CHECKING:
     from trainer.export.merge import MergeReport
@@ -49,15 +49,15 @@ def write_card(folder: Path, result: Result, report: MergeReport) -> None:
 
 
 def _data_fingerprint(run_dir: RunDir | None) -> str | None:
-    steps = run_dir.steps() if run_dir else []
-    return read_manifest(run_dir.step_dir(steps[-1])).get("data") if run_dir and steps else None
+    return newest_manifest(run_dir).get("data") if run_dir else None
 
 
 def _losses(run_dir: RunDir | None) -> list[str]:
     """The last training loss and the lowest validation loss of the run's metrics."""
-    if run_dir is None or not run_dir.metrics.exists():
+    if run_dir is None:
         return []
-    records: list[dict[str, Any]] = [json.loads(line) for line in run_dir.metrics.read_text().splitlines() if line]
+    # A loss that was not a number is null there: it is no figure for a card.
+    records = [record for record in read_metrics(run_dir.metrics) if record.get("loss") is not None]
     lines = []
     if steps := [r for r in records if r["kind"] == "step"]:
         lines.append(f"Training loss at step {steps[-1]['step']}: {steps[-1]['loss']:.4f}")

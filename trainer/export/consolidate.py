@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.layout import begin_folder, commit_folder
+from trainer.checkpoint.layout import folder_appears_when_complete
 
 SHARD_BYTES = 4 * 2**30
 
@@ -41,11 +41,10 @@ def save_model(model: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dty
 
 def replace_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a new folder, which then takes the place of `final`."""
-    temporary = begin_folder(final)
-    write(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    commit_folder(temporary, final)
+    with folder_appears_when_complete(final) as temporary:
+        write(temporary)
+        if final.exists():
+            shutil.rmtree(final)
 
 
 def cut_into_shards(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, list[str]]:

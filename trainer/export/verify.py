@@ -11,10 +11,12 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -24,7 +26,9 @@ from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, hash_file, 
 from trainer.checkpoint.result import Result, enclosing_run, find_result
 from trainer.config import ModelConfig, RunConfig
 from trainer.data.masking import load_template, render_prompt, stop_token_ids
-from trainer.data.prepare import load_split_examples
+from trainer.data.prepare import iter_split_examples
+from trainer.data.templates import Template
+from trainer.data.types import Example
 from trainer.errors import PacktrainError, UserError
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.merge import tokenizer_of_result
@@ -303,13 +307,24 @@ class Verifier:
             try:
                 template = load_template(config.data.template, tokenizer)
                 split = "validation" if config.data.split.validation else "train"
-                examples = load_split_examples(config, split)[: len(PROMPTS)]  # type: ignore[arg-type]
-                prompts = [render_prompt(e, template, tokenizer)[-MAX_PROMPT_TOKENS:] for e in examples]
+                rendered = _render_prompts(iter_split_examples(config, split), template, tokenizer)  # type: ignore[arg-type]
+                prompts = [ids[-MAX_PROMPT_TOKENS:] for ids in islice(rendered, len(PROMPTS))]
                 if prompts:
                     return prompts, f"prompts of the {split} rows"
             except (UserError, OSError) as error:
                 logger.info("verifying on fixed prompts, as the run's data cannot be read: %s", error)
         return [tokenizer(text).input_ids[:MAX_PROMPT_TOKENS] for text in PROMPTS], "fixed prompts"
+
+
+def _render_prompts(examples: Iterator[Example], template: Template, tokenizer: Any) -> Iterator[list[int]]:
+    """Their prompts, but for rows that the template refuses, which were not trained on either."""
+    for example in examples:
+        try:
+            ids = render_prompt(example, template, tokenizer)
+        except TemplateError:
+            continue
+        if ids:
+            yield ids
 
 
 def _merged_folder(folder: Path) -> Path:
