@@ -38,7 +38,7 @@ class ModelConfig(Part):
 
 
 class QuantizationConfig(Part):
-    """4-bit base for QLoRA (arXiv:2305.14314), by bitsandbytes' kernels."""
+    """4-bit base for QLoRA (arXiv:2305.14314), dequantised by bitsandbytes' kernels."""
 
     type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
     double_quant: bool = Field(True, description="quantise the block scales too (0.37 bits a weight less)")
