@@ -12,18 +12,32 @@ def merge(
     out: Path | None = None,
     base: Literal["dequantized", "original"] = "dequantized",
 ) -> None:
-    """Merge a run's adapter into its base, shard by shard, with tokenizer, template, card and hashes.
+    """Make one model of what was trained, tensor by tensor, without a GPU.
+
+    An adapter is merged into its base, with tokenizer, template, card and hashes. A full fine-tune's checkpoint, as
+    however many processes wrote it, becomes standard safetensors; it needs nothing but its own files.
 
     Args:
-        source: run dir, or an adapter folder in PEFT's format.
+        source: run dir (its best checkpoint, else the newest), a checkpoint of it, or an adapter in PEFT's format.
         out: appears only when complete; default: merged/ in the run dir.
         base: merge onto the weights trained on, 4-bit ones dequantised, or onto the 16-bit ones.
     """
     from trainer.checkpoint.layout import RunDir
     from trainer.checkpoint.result import find_result
     from trainer.errors import UserError
+    from trainer.export.consolidate import consolidate
     from trainer.export.merge import merge_adapter
+    from trainer.export.result import full_checkpoint
 
+    if checkpoint := full_checkpoint(source):
+        if out is None:
+            raise UserError("--out", "not given", "a folder that does not exist yet", "name one")
+        whole = consolidate(checkpoint, out)
+        print(
+            f"{whole.out}: {whole.tensors} tensors of step {whole.step}, {whole.num_bytes / 2**30:.2f} GiB "
+            f"in {whole.seconds:.1f} s"
+        )
+        return
     if out is None:
         run_dir: RunDir | None = find_result(source).run_dir
         if run_dir is None:

@@ -57,7 +57,7 @@ def preprocess(
         overrides: dotted field -> value, laid over the recipe.
     """
     from trainer.data.prepare import load_splits
-    from trainer.model.load import load_tokenizer
+    from trainer.model.tokenizer import load_tokenizer
     from trainer.recipe import load_recipe
 
     config = load_recipe(recipe, overrides)

@@ -1,34 +1,76 @@
-"""Worker entry: ``python -m trainer RECIPE [--run-dir DIR] [--optim.lr 1e-4 ...]``, also under torchrun and srun."""
+"""Worker entry: ``python -m trainer RECIPE [--run-dir DIR] [--optim.lr 1e-4 ...]``, alone or under a launcher.
+
+torchrun, accelerate launch, srun and `packtrain train` each start it once a process.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
+import socket
 import sys
 from pathlib import Path
 
-from trainer.errors import PacktrainError, explain_os_error
+from trainer.checkpoint.layout import RunDir
+from trainer.errors import EXIT_DONE, PacktrainError, explain_os_error
+from trainer.launcher_settings import adopt_launcher
+from trainer.launchers import World, read_world
 from trainer.recipe import load_recipe, split_overrides
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main() -> int:
-    """Returns the exit status: 0 done, 1 failed, 2 wrong input, 75 stopped in order to be resumed."""
+    """Returns the exit status: 0 done, 1 failed, 2 wrong input, 75 stopped in order to be resumed, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Train a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--run-dir", type=Path, help="where the run is kept; default: runs/<recipe's name>")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    world, run_dir = World(), None
     try:
+        world = read_world(os.environ)
+        _log(world)
         overrides, tokens = split_overrides(sys.argv[1:])
         arguments = parser.parse_args(tokens)
-        config = load_recipe(arguments.recipe, overrides)
+        config = adopt_launcher(load_recipe(arguments.recipe, overrides), os.environ, world)
+        run_dir = arguments.run_dir or Path("runs") / arguments.recipe.stem
         from trainer.run import train
 
-        train(config, arguments.run_dir or Path("runs") / arguments.recipe.stem)
+        train(config, run_dir, world)
     except (PacktrainError, OSError) as failure:
         error = explain_os_error(failure) if isinstance(failure, OSError) else failure
-        print(error, file=sys.stderr)
+        _tell(error, world, run_dir)
         return error.exit_status
-    return 0
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what still winds up, without a traceback
+        return INTERRUPTED
+    return EXIT_DONE
+
+
+def _log(world: World) -> None:
+    """To stderr goes what rank 0 has to say, from libraries warnings only; run.py gives every rank a file."""
+    if world.rank == 0:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    else:
+        logging.basicConfig(level=logging.WARNING, handlers=[logging.NullHandler()])
+        logging.captureWarnings(True)
+    logging.getLogger("trainer").setLevel(logging.INFO)
+
+
+def _tell(error: PacktrainError, world: World, run_dir: Path | None) -> None:
+    """Rank 0 speaks. The others write to their log: the watchdog has rank 0 say what is wrong with one of them.
+
+    Before there are logs nobody watches: then each speaks, of a recipe one process a host.
+    """
+    log = RunDir(run_dir).logs / f"rank_{world.rank}.log" if run_dir else None
+    if world.rank == 0:
+        print(error, file=sys.stderr)
+    elif log and log.parent.is_dir():
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{error}\n")
+    elif log or world.local_rank == 0:
+        print(f"rank {world.rank} on {socket.gethostname()}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,16 @@ class DataConfig(Part):
 class StrategyConfig(Part):
     """How the step is spread over processes."""
 
-    kind: Literal["auto", "single"] = Field("auto", description="auto: what fits the processes at hand")
+    kind: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="auto: single, ddp where a GPU holds the whole state, else fsdp2"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep moments, or weights too (fsdp2, zero3), in host memory"
+    )
+    reshard: bool = Field(True, description="fsdp2: free a layer's gathered weights between forward and backward")
+    shard_size: int | None = Field(
+        None, ge=2, description="fsdp2: processes that share one copy, replicated beyond (HSDP); default: all"
+    )
 
 
 class OptimConfig(Part):
@@ -227,6 +236,7 @@ class RunConfig(Part):
                 f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
                 "lower micro_batch or raise global_batch"
             )
+        broken += self._strategy_rules()
         if self.export.merge and not self.adapter:
             broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
         if not self.data.packing and self.train.global_batch.tokens is not None:
@@ -234,6 +244,29 @@ class RunConfig(Part):
         if broken:
             raise ValueError("\n".join(broken))
         return self
+
+    def _strategy_rules(self) -> list[str]:
+        kind, offload, optim = self.strategy.kind, self.strategy.offload, self.optim.name
+        broken = []
+        if offload == "all" and kind not in ("auto", "fsdp2", "zero3"):
+            broken.append(
+                f"strategy.offload: all keeps cut weights in host memory, which {kind} does not cut. "
+                "Set strategy.kind: fsdp2 or zero3, or offload: optimizer"
+            )
+        if offload != "none" and optim != "adamw":
+            broken.append(f"strategy.offload steps on the host, and optim.name: {optim} is for GPUs. Set adamw")
+        if self.strategy.shard_size and kind not in ("auto", "fsdp2"):
+            broken.append(f"strategy.shard_size is for fsdp2, and strategy.kind is {kind}. Leave it out")
+        if kind.startswith("zero") and optim != "adamw":
+            broken.append(
+                f"strategy.kind: {kind} cuts moments where bitsandbytes' {optim} cannot follow. "
+                "Set optim.name: adamw, or strategy.kind: fsdp2"
+            )
+        if kind.startswith("zero") and self.compute_dtype == "float16":
+            broken.append(
+                f"strategy.kind: {kind} computes in bfloat16 or float32 here. Set model.dtype: bfloat16, or kind: fsdp2"
+            )
+        return broken
 
     @property
     def compute_dtype(self) -> Dtype:

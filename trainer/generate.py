@@ -35,8 +35,10 @@ from trainer.data.masking import load_template, render_prompt, stop_token_ids
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import UserError
+from trainer.model.adapter_files import check_adapter_config, load_adapter
 from trainer.model.attention import cached_attention
-from trainer.model.load import check_adapter_config, load_adapter, load_model, load_tokenizer
+from trainer.model.load import load_model
+from trainer.model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import torch
 
-from trainer.checkpoint.layout import find_damage
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
-from trainer.data.sampler import GlobalBatchSampler, collate
+from trainer.data.sampler import GlobalBatchSampler, collate, deal
 from trainer.data.types import PackedBatch, PackedRows
-from trainer.errors import PacktrainError, Preempted, TrainingDiverged
+from trainer.errors import Preempted, TrainingDiverged
 from trainer.metrics.meters import ThroughputMeter
 from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
 from trainer.schedule import Schedule
-from trainer.strategies.base import StateDict, Strategy
+from trainer.strategies.base import Strategy
+from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,15 @@ class LoopState:
 class TrainLoop:
     """Runs a prepared strategy over packed data until the steps are done or there is a reason to stop.
 
+    Every process runs the same loop over its own share of each global batch; what they have to agree on (tokens, a
+    stop) is added up once a step.
+
     Args:
         micro_batch: packs in one forward.
         recompute: as set in the module; saved, so that a resumed run computes the same.
         answer_samples: generates the answers to the recipe's sample prompts, as ``(prompt, answer)``.
         stop: asked at every step boundary.
+        watchdog: told where this process is.
     """
 
     def __init__(
@@ -77,18 +81,20 @@ class TrainLoop:
         meter: ThroughputMeter,
         answer_samples: AnswerSamples,
         stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.strategy, self.schedule = config, strategy, schedule
         self.train_packs, self.validation_packs, self.sampler = train_packs, validation_packs, sampler
         self.num_steps, self.micro_batch, self.recompute = num_steps, micro_batch, recompute
         self.checkpoints, self.recorder, self.meter = checkpoints, recorder, meter
-        self.answer_samples, self.stop = answer_samples, stop
+        self.answer_samples, self.stop, self.watchdog = answer_samples, stop, watchdog
+        self.processes = strategy.processes
         self.state = LoopState()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: Future[list[PackedBatch]] | None = None
 
     def fit(self) -> None:
-        """Trains from `state.step` to the end, leaving the best (or last) weights in the strategy's module.
+        """Trains from `state.step` to the end and commits a checkpoint there.
 
         Raises:
             Preempted: a signal asked to stop; a checkpoint of this step is committed.
@@ -102,27 +108,31 @@ class TrainLoop:
                         self.evaluate()
                     if self._is_due(self.config.checkpoint.every_steps):
                         self.save()
-                if self.stop.reason and self.state.step < self.num_steps:
-                    self._preempt(self.stop.reason)
+                self._stop_if_asked()
             if self.state.evaluated_step != self.state.step:
                 self.evaluate()
             self.save()
+            self._mark("waiting for the last checkpoint")
             self.checkpoints.wait()
-            self._load_best()
         finally:
             self._loader.shutdown(cancel_futures=True)
 
     def train_step(self) -> None:
         """One optimizer step over one global batch."""
         step = self.state.step + 1
+        self._mark("loading a batch")
         micro_batches = self._batches_of(step)
+        num_tokens = sum(batch.num_tokens for batch in micro_batches if batch.num_trained_tokens)
         num_trained = sum(batch.num_trained_tokens for batch in micro_batches)
+        num_tokens, num_trained = self.processes.sum(num_tokens, num_trained)
         lr = self.schedule.lr(step)
         self.strategy.module.train()
+        self._mark("forward and backward")
         loss_sum = self.strategy.forward_backward(micro_batches, num_trained)
+        self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
+        self.watchdog.observe(step, result.grad_norm)
         self.state.step = step
-        num_tokens = sum(batch.num_tokens for batch in micro_batches)
         record = {
             "step": step,
             "loss": loss_sum.item() / max(1, num_trained),
@@ -145,26 +155,37 @@ class TrainLoop:
         self.strategy.module.eval()
         if self.validation_packs is not None:
             self._evaluate_loss(self.validation_packs)
-        for prompt, answer in self.answer_samples():
+        self._mark("answering the sample prompts")
+        with self.strategy.whole_weights():
+            answers = self.answer_samples()
+        for prompt, answer in answers:
             self.recorder.sample(self.state.step, prompt, answer)
 
     def save(self, is_best: bool = False) -> None:
-        """Starts a checkpoint of this step."""
+        """Starts a checkpoint of this step; training waits only while it is copied to host memory."""
+        self._mark("saving a checkpoint")
+        started = time.perf_counter()
         progress = {
             "loop": asdict(self.state),
             "schedule": self.schedule.state_dict(),
             "micro_batch": self.micro_batch,
             "recompute": self.recompute,
         }
-        self.checkpoints.save(self.state.step, self._tensors(), progress, is_best)
+        self.checkpoints.save(self.state.step, self.strategy.state_dict(), progress, is_best)
+        stall = time.perf_counter() - started
+        text = f"checkpoint of step {self.state.step}: training waited {stall:.2f} s"
+        self.recorder.event(self.state.step, "checkpoint", text, seconds=stall)
 
     def resume(self, step: int) -> None:
-        """Puts everything back to where the checkpoint of `step` was taken."""
-        progress = self._restore(step)
-        self.state = LoopState(**progress["loop"])
+        """Puts everything back to where the checkpoint of `step` was taken, by however many processes."""
+        self._mark("restoring a checkpoint")
+        saved = self.checkpoints.open(step)
+        self.strategy.allocate_optimizer()
+        self.strategy.restore(saved)
+        self.state = LoopState(**saved.progress["loop"])
         if self.config.checkpoint.keep_best and self.checkpoints.best_step() is None:
             self.state.best_loss = None  # its checkpoint is damaged or was not kept: the best of what comes counts
-        self.schedule.load_state_dict(progress["schedule"])
+        self.schedule.load_state_dict(saved.progress["schedule"])
 
     def _batches_of(self, step: int) -> list[PackedBatch]:
         """The step's micro-batches, and the next step's on their way while this one computes."""
@@ -173,18 +194,27 @@ class TrainLoop:
         return current
 
     def _load(self, step: int) -> list[PackedBatch]:
-        packs = [self.train_packs[index] for index in self.sampler.batch(step - 1)]
-        return [collate(packs[i : i + self.micro_batch]) for i in range(0, len(packs), self.micro_batch)]
+        samples, sampler = self.sampler.samples(step - 1), self.sampler
+        return [
+            collate(
+                [self.train_packs[sampler.pack(sample)] for sample in own], sampler.noise_seed(own[0] if own else 0)
+            )
+            for own in self._deal(samples)
+        ]
+
+    def _deal(self, samples: Sequence[int]) -> list[list[int]]:
+        return deal(samples, self.processes.rank, self.processes.world_size, self.micro_batch)
 
     def _evaluate_loss(self, packs: PackedRows) -> None:
         started = time.perf_counter()
-        loss_sum, num_trained = torch.zeros((), device=self.strategy.device), 0
-        for start in range(0, len(packs), self.micro_batch):
-            stop = min(start + self.micro_batch, len(packs))
-            batch = collate([packs[index] for index in range(start, stop)])
+        loss_sum, num_trained = torch.zeros((), dtype=torch.float64, device=self.strategy.device), 0
+        for number, own in enumerate(self._deal(range(len(packs)))):
+            self._mark(f"evaluating micro-batch {number + 1}")
+            batch = collate([packs[index] for index in own])
             loss_sum += self.strategy.module(batch.to(self.strategy.device))
             num_trained += batch.num_trained_tokens
-        loss = loss_sum.item() / num_trained
+        (num_trained,) = self.processes.sum(num_trained)
+        loss = self.processes.sum_float(loss_sum.item()) / num_trained
         record = {
             "step": self.state.step,
             "loss": loss,
@@ -232,50 +262,20 @@ class TrainLoop:
             "  fix: lower optim.lr, lengthen schedule.warmup, or set optim.max_grad_norm"
         )
 
-    def _preempt(self, reason: str) -> None:
+    def _stop_if_asked(self) -> None:
+        """A signal may reach some processes only, or all at different moments: all stop after the same step."""
+        (num_asked,) = self.processes.sum(int(self.stop.reason is not None))
+        if not num_asked or self.state.step == self.num_steps:
+            return
+        reason = self.stop.reason or "a signal to another process"
         self.save()
+        self._mark("waiting for the checkpoint before stopping")
         self.checkpoints.wait()
         self.recorder.event(self.state.step, "preempted", f"{reason}: checkpoint of step {self.state.step} saved")
         raise Preempted(f"stopped at step {self.state.step} by {reason}; the same command goes on from there")
 
-    def _load_best(self) -> None:
-        best = self.checkpoints.best_step() if self.config.checkpoint.keep_best else None
-        if best is None or best == self.state.step:
-            return
-        if damage := find_damage(self.checkpoints.run_dir.step_dir(best)):
-            raise PacktrainError(
-                f"the best checkpoint is damaged: {damage}\n"
-                f"  fix: put it back, or delete {self.checkpoints.run_dir.best} to keep the last weights instead"
-            )
-        self._restore(best)
-        text = f"best weights loaded: step {best}, validation loss {self.state.best_loss:.4f}"
-        self.recorder.event(self.state.step, "best_loaded", text)
-
-    def _restore(self, step: int) -> dict:
-        self.strategy.allocate_optimizer()
-        tensors = self._tensors()
-        progress = self.checkpoints.load(step, tensors)
-        self.strategy.load_state_dict(tensors)
-        set_rng_state(tensors, self.strategy.rank, self.strategy.device)
-        return progress
-
-    def _tensors(self) -> StateDict:
-        return self.strategy.state_dict() | rng_state(self.strategy.rank, self.strategy.device)
+    def _mark(self, activity: str) -> None:
+        self.watchdog.mark(self.state.step, activity)
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
-
-
-def rng_state(rank: int, device: torch.device) -> StateDict:
-    """This process's random state as tensors: dropout draws from it."""
-    state = {f"rng.rank_{rank}.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state[f"rng.rank_{rank}.cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: StateDict, rank: int, device: torch.device) -> None:
-    """Puts back what `rng_state` gave."""
-    torch.set_rng_state(state[f"rng.rank_{rank}.cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[f"rng.rank_{rank}.cuda"], device)

@@ -1,4 +1,4 @@
-"""Optimizers by name, and their state as a flat dict that a checkpoint can hold.
+"""Optimizers by name, and the 8-bit form of their moments.
 
 bitsandbytes' 8-bit and paged AdamW run on CUDA and on the CPU (there without paging).
 """
@@ -6,31 +6,40 @@ bitsandbytes' 8-bit and paged AdamW run on CUDA and on the CPU (there without pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainer.config import OptimConfig
 
 # Constants of bitsandbytes' 8-bit data type, the same for every parameter: not state.
 CONSTANT_STATE = frozenset({"qmap1", "qmap2"})
+BLOCK_8BIT = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
+MIN_8BIT_SIZE = 4096  # elements; below, 8 bit would save nothing
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the module's trained parameters; vectors (norms, biases) are not decayed."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def build_optimizer(
+    config: OptimConfig, named: Iterable[tuple[str, torch.Tensor]], min_8bit_size: int = MIN_8BIT_SIZE
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over trained tensors, or a process's rows of them; vectors (norms, biases) do not decay.
+
+    Args:
+        min_8bit_size: tensors of fewer elements keep 32-bit moments under the 8-bit optimizers.
+    """
+    trained = [tensor for _, tensor in named]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return _optimizer_class(config.name)(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    return _bitsandbytes_class(config.name)(groups, min_8bit_size=min_8bit_size, **options)
 
 
-def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw":
-        return lambda groups, **options: torch.optim.AdamW(groups, fused=True, **options)
+def _bitsandbytes_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     import bitsandbytes.optim as bnb_optim
 
     return {
@@ -70,30 +79,30 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             group["lr"] = rate
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
-) -> dict[str, torch.Tensor]:
-    """The moments as ``optim.<parameter>.<name>``; live tensors, and step counts as scalars."""
-    return {
-        f"optim.{name}.{key}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        for name, parameter in named_parameters
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if key not in CONSTANT_STATE
-    }
+def quantize_moment(values: torch.Tensor, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit codes and block scales of a float32 moment, as bitsandbytes' 8-bit optimizers hold it.
+
+    Args:
+        key: ``state1`` (signed) or ``state2``.
+
+    Returns:
+        Codes, uint8 in the shape of `values`; scales ``[ceil(elements / 256)]`` float32.
+    """
+    from bitsandbytes.functional import quantize_blockwise
+
+    codes, state = quantize_blockwise(values, _dynamic_map(key, values.device), blocksize=BLOCK_8BIT)
+    return codes, state.absmax
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    state: dict[str, Any],
-) -> None:
-    """Copies `optimizer_state`'s result back into an optimizer whose moments exist (`init_optimizer_state`)."""
-    for name, parameter in named_parameters:
-        for key, value in optimizer.state[parameter].items():
-            if key in CONSTANT_STATE:
-                continue
-            saved = state[f"optim.{name}.{key}"]
-            if isinstance(value, torch.Tensor):
-                value.copy_(saved)
-            else:
-                optimizer.state[parameter][key] = saved.item()
+def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, key: str) -> torch.Tensor:
+    """The float32 moment of `quantize_moment`'s result."""
+    blocks = absmax.repeat_interleave(BLOCK_8BIT)[: codes.numel()].view(codes.shape)
+    return _dynamic_map(key, codes.device)[codes.long()] * blocks
+
+
+@lru_cache
+def _dynamic_map(key: str, device: torch.device) -> torch.Tensor:
+    """The 256 values of the 8-bit type a moment is in (arXiv:2110.02861)."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=key == "state1").to(device)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import time
+import uuid
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig
-from trainer.errors import UserError
+from trainer.errors import PacktrainError, UserError
+from trainer.processes import Processes
+from trainer.strategies.base import Strategy
+
+# A shared file system shows another host's new file after its attribute cache expires: on NFS up to a minute.
+SHARED_WITHIN = 90.0
 
 # Bytes of optimizer state for each trained weight; float32 moments where a recipe keeps weights in float32.
 EIGHT_BIT_MOMENTS = 2.1
@@ -60,4 +69,69 @@ def check_disk_space(folder: Path, needed: int) -> None:
             str(folder),
             f"checkpoints and result will take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
             fix="free space, choose another --run-dir, lower checkpoint.keep, or take optim.name: adamw_8bit",
+        )
+
+
+def check_same_everywhere(processes: Processes, facts: dict[str, str]) -> None:
+    """Refuses processes that read another recipe, other data or other versions: they would train different models.
+
+    Args:
+        facts: what has to be equal, by name.
+
+    Raises:
+        UserError: on every process, naming the ranks and hosts that differ from rank 0.
+    """
+    facts = facts | {"torch": torch.__version__}
+    everybody = processes.gather((socket.gethostname(), facts))
+    _, first = everybody[0]
+    for name, expected in first.items():
+        others = [f"rank {rank} on {host}" for rank, (host, own) in enumerate(everybody) if own[name] != expected]
+        if others:
+            raise UserError(
+                name,
+                f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} another one than rank 0",
+                "the same on every host",
+                "start all processes with the same recipe, files and environment",
+            )
+
+
+def check_shared(run: RunDir, processes: Processes) -> None:
+    """Refuses a run dir that is not the same folder on every host: checkpoints would lie about in pieces.
+
+    Raises:
+        UserError: on every process, naming the hosts.
+    """
+    if processes.world_size == 1:
+        return
+    token = processes.from_first(run.path / f".shared-{uuid.uuid4().hex}")
+    if processes.is_first:
+        run.path.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    processes.barrier()
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not (found := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = sorted({host for host, there in processes.gather((socket.gethostname(), found)) if not there})
+    if processes.is_first:
+        token.unlink()
+    if blind:
+        raise UserError(
+            "--run-dir",
+            f"{run.path} on {', '.join(blind)} is another folder than on rank 0's host",
+            "a folder that all hosts share",
+            "name one on the cluster's shared file system",
+        )
+
+
+def check_bytes(strategy: Strategy, expected: str | None, when: str) -> None:
+    """Proves that the 4-bit base still is what was loaded; a loss does not notice when it is not.
+
+    Raises:
+        PacktrainError: bytes have changed.
+    """
+    found = strategy.fingerprint()
+    if found != expected:
+        raise PacktrainError(
+            f"the 4-bit base has changed {when}: fingerprint {found}, loaded was {expected}\n"
+            "  fix: this should not happen; do not use the run's results, and report it with the recipe"
         )

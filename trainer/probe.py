@@ -1,7 +1,13 @@
-"""`micro_batch: auto` and `recompute: auto`: try sizes once on the real model and keep the fastest that fits."""
+"""`micro_batch: auto` and `recompute: auto`: measure small batches on the real model, keep the fastest size that fits.
+
+Memory grows linearly with the tokens of a micro-batch (packed attention builds no mask), so two small batches foretell
+a large one. Trying the large one instead would end in running out of memory, after which a sharded model, some of
+whose processes wait in a collective, cannot go on.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from trainer.config import TrainConfig
-from trainer.data.sampler import collate
-from trainer.data.types import PackedBatch, PackedRows
+from trainer.data.sampler import Pack, collate
+from trainer.data.types import IGNORE_INDEX, PackedRows
 from trainer.errors import UserError
 from trainer.strategies.base import Strategy
 
@@ -18,8 +24,11 @@ logger = logging.getLogger(__name__)
 
 # Larger micro-batches no longer raise an H200's rate; on a CPU they only cost memory.
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}
-# Share of the GPU a probe may take: fragmentation and evaluation need the rest.
-USABLE_MEMORY = 0.92
+PROBE_TOKENS = (256, 1024)
+TRAINED_IN_PROBE = 128  # tokens, the same in both: the loss works in chunks of a fixed size ...
+CHUNK_BYTES = 2**30  # ... whose logits, as float32 and in 16 bit, with their gradient stay below this
+# Share of the GPU a step may take: fragmentation and communication buffers need the rest.
+USABLE_MEMORY = 0.90
 
 
 @dataclass(frozen=True)
@@ -37,22 +46,25 @@ def choose_micro_batch(
     train: TrainConfig,
     strategy: Strategy,
     packs: PackedRows,
-    packs_per_step: int,
+    packs_per_rank: int,
     pack_length: int,
     set_recompute: Callable[[bool], None],
 ) -> Choice:
     """The recipe's sizes where it names them, else the fastest that fit; recompute is left set as chosen.
 
-    On a GPU each candidate runs forward and backward over the longest packs, with the optimizer's moments allocated.
-    Without recompute comes first: a smaller micro-batch costs less than a second forward.
+    Without recompute comes first: a smaller micro-batch costs less than a second forward. All processes choose alike,
+    by the one with the least room.
+
+    Args:
+        packs_per_rank: packs of a global batch that one process computes.
 
     Raises:
         UserError: not even one pack with full recompute fits.
     """
-    candidates = list(_candidates(train, strategy.device.type, min(packs_per_step, len(packs)), pack_length))
+    candidates = list(_candidates(train, strategy.device.type, min(packs_per_rank, len(packs)), pack_length))
     choice = candidates[0]
     if len(candidates) > 1 and strategy.device.type == "cuda":
-        choice = _probe(candidates, strategy, packs, packs_per_step, set_recompute)
+        choice = _probe(candidates, strategy, packs, packs_per_rank, pack_length, set_recompute)
     set_recompute(choice.recompute)
     return choice
 
@@ -73,44 +85,59 @@ def _probe(
     candidates: list[Choice],
     strategy: Strategy,
     packs: PackedRows,
-    packs_per_step: int,
+    packs_per_rank: int,
+    pack_length: int,
     set_recompute: Callable[[bool], None],
 ) -> Choice:
-    longest = packs.lengths().argsort()[::-1].tolist()
+    total = torch.cuda.get_device_properties(strategy.device).total_memory
     strategy.module.train()
-    random_state = torch.cuda.get_rng_state(strategy.device)
-    try:
-        for choice in candidates:
-            set_recompute(choice.recompute)
-            batch = collate([packs[i] for i in longest[: choice.micro_batch]])
-            # Two, where a step has two: the second one's activations lie beside the first one's gradients.
-            if _fits(strategy, [batch] * min(2, -(-packs_per_step // choice.micro_batch))):
+    strategy.allocate_optimizer()
+    needed = 0.0
+    for recompute, same in itertools.groupby(candidates, key=lambda choice: choice.recompute):
+        set_recompute(recompute)
+        small, large = (_peak(strategy, packs, tokens, packs_per_rank) for tokens in PROBE_TOKENS)
+        per_token = (large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
+        for choice in same:
+            tokens = choice.micro_batch * pack_length
+            needed = large + per_token * max(0, tokens - PROBE_TOKENS[1]) + CHUNK_BYTES
+            logger.info("%s: %.1f of %.0f GiB", choice, needed / 2**30, total / 2**30)
+            if needed <= USABLE_MEMORY * total:
                 return choice
-            logger.info("%s does not fit", choice)
-    finally:
-        strategy.discard_gradients()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(strategy.device)
-        torch.cuda.set_rng_state(random_state, strategy.device)
-    total = torch.cuda.get_device_properties(strategy.device).total_memory / 2**30
     raise UserError(
         "train.micro_batch",
-        f"not even {candidates[-1]} fits this GPU's {total:.0f} GiB",
-        fix="lower data.pack_length, quantise the base (quantization: {type: nf4}), or take optim.name: adamw_8bit",
+        f"{candidates[-1]} takes some {needed / 2**30:.1f} GiB, and this GPU has {total / 2**30:.1f}",
+        fix="lower data.pack_length, quantise the base (quantization: {type: nf4}), cut it over more GPUs "
+        "(strategy.kind: fsdp2), or take optim.name: adamw_8bit",
     )
 
 
-def _fits(strategy: Strategy, micro_batches: list[PackedBatch]) -> bool:
+def _peak(strategy: Strategy, packs: PackedRows, tokens: int, packs_per_rank: int) -> float:
+    """Most bytes allocated on any process while `tokens` tokens a micro-batch go forward and backward."""
     device = strategy.device
+    batch = collate([_cut(packs, tokens)])
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    try:
-        strategy.allocate_optimizer()
-        strategy.forward_backward(micro_batches, sum(batch.num_trained_tokens for batch in micro_batches))
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
-    # Only here, not in a `finally`: while the exception lives, its frames hold the activations.
-    peak = torch.cuda.max_memory_reserved(device)
+    # Two, where a step has two: the second one's activations lie beside the first one's gradients.
+    strategy.forward_backward([batch] * min(2, packs_per_rank), batch.num_trained_tokens)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
     strategy.discard_gradients()
-    return fits and peak <= USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return strategy.processes.max(peak)
+
+
+def _cut(packs: PackedRows, tokens: int) -> Pack:
+    """Documents of the data, `tokens` tokens in all, of which the first few are trained."""
+    documents: Pack = []
+    missing = tokens
+    for index in itertools.cycle(range(len(packs))):
+        for ids, _ in packs[index]:
+            taken = ids[:missing]
+            missing -= len(taken)
+            documents.append((taken, [IGNORE_INDEX] * len(taken)))
+            if not missing:
+                first = documents[0][0]
+                documents[0] = (first, (first[:TRAINED_IN_PROBE] + [IGNORE_INDEX] * len(first))[: len(first)])
+                return documents
+    raise AssertionError("packs without tokens")

@@ -16,6 +16,7 @@ from trainer.recipe import load_recipe
 LOCK = ".lock"
 # What a resumed run may say differently: it changes neither the model, nor the samples, nor the optimizer.
 FREE_TO_CHANGE = (
+    "strategy.",
     "train.log_every",
     "train.micro_batch",
     "train.recompute",

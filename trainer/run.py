@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.checkpoint.layout import RunDir, hash_file, read_manifest, write_atomically
 from trainer.checkpoint.manager import CheckpointManager
@@ -27,64 +28,110 @@ from trainer.data.masking import load_template
 from trainer.data.prepare import Splits, load_splits, log_report
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import PacktrainError, Preempted, UserError
-from trainer.export.consolidate import replace_folder, save_model
-from trainer.export.serving import tokenizer_as_trained, write_serving_files
+from trainer.export.result import finish_adapter, finish_full, write_result
 from trainer.generate import answer_samples
-from trainer.loop import TrainLoop
+from trainer.launchers import World
+from trainer.loop import LoopState, TrainLoop
 from trainer.loss import PackedCausalLM
 from trainer.metrics.meters import ThroughputMeter, device_peak_flops, flops_per_token, mean_attended_positions
 from trainer.metrics.progress import Progress
-from trainer.metrics.recorder import Recorder
+from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.report import write_report
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers, read_metrics
-from trainer.model.load import ADAPTER_WEIGHTS, LoadedModel, load_model, load_tokenizer, save_adapter, set_recompute
+from trainer.model.adapter_files import ADAPTER_WEIGHTS
+from trainer.model.load import BuiltModel, build_model, load_weights, set_recompute
+from trainer.model.nf4 import fingerprint
+from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.preemption import StopRequest
-from trainer.preflight import check_disk_space, checkpoint_bytes, result_bytes
+from trainer.preflight import (
+    check_bytes,
+    check_disk_space,
+    check_same_everywhere,
+    check_shared,
+    checkpoint_bytes,
+    result_bytes,
+)
 from trainer.probe import Choice, choose_micro_batch
+from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
 from trainer.resume import check_identity, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
-from trainer.strategies.single import SingleProcess
+from trainer.strategies.base import Strategy
+from trainer.strategies.choose import build_strategy, needs_group
+from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+ALONE = World()
 
 
-def train(config: RunConfig, run_dir: Path) -> None:
+def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
     """Trains, exports and verifies; continues where the run dir's newest intact checkpoint left off.
 
-    Everything the user may have got wrong is looked at before the run dir is touched.
+    Everything the user may have got wrong is looked at before the run dir is touched. Every process of the run calls
+    this; they train together, and what follows (export) rank 0 does alone.
 
     Raises:
         UserError: recipe, data or model cannot be used; the run dir is as it was.
         Preempted: a signal asked to stop; a checkpoint is committed and ``state.json`` says preempted.
         PacktrainError: the run failed; ``state.json`` says why.
     """
-    _refuse_several_processes()
     run = RunDir(run_dir)
+    with contextlib.ExitStack() as recorded:
+        with start_processes(world, needs_group(config)) as processes, _watched(run, processes) as watchdog:
+            tokenizer, stop = _train_together(config, run, processes, watchdog, recorded)
+        if world.rank == 0:
+            _free_memory()
+            _save_result(config, run, tokenizer)
+            _export(config, run, stop)
+
+
+def _train_together(
+    config: RunConfig, run: RunDir, processes: Processes, watchdog: Watchdog, recorded: contextlib.ExitStack
+) -> tuple[Any, StopRequest]:
+    """Everything that takes all processes. What has to be undone at the very end goes onto `recorded`."""
     check_trackers(config.tracking)
     check_recipe_unchanged(run, config)
-    tokenizer = load_tokenizer(config.model)
-    splits = load_splits(config, tokenizer)
-    for name, report in splits.reports.items():
-        log_report(name, report)
-    torch.manual_seed(config.train.seed)
-    try:
-        loaded = load_model(config, _device())
-    except torch.OutOfMemoryError as error:
-        fix = "quantise the base (quantization: {type: nf4}), train an adapter, or choose a smaller model"
-        raise UserError("model.path", f"{config.model.path} does not fit this GPU: {error}", fix=fix) from error
-    identity = {"base": asdict(loaded.base), "data": splits.fingerprint}
-    check_identity(run, identity)
-    if not run.steps():
-        check_disk_space(run.path, _bytes_to_write(config, loaded))
+    with watchdog.alone("preparing the data"):  # one process a host builds the cache, the others wait for its lock
+        tokenizer = load_tokenizer(config.model)
+        splits = load_splits(config, tokenizer)
+    if processes.is_first:
+        for name, report in splits.reports.items():
+            log_report(name, report)
+    check_same_everywhere(processes, {"recipe": dump_recipe(config), "data": splits.fingerprint})
+    built = build_model(config, processes.device)
+    if processes.is_first and not run.steps():
+        check_disk_space(run.path, _bytes_to_write(config, built.model))
 
-    with only_one_trainer(run), StopRequest() as stop, _recorded(run, config):
-        _fit(config, run, tokenizer, splits, loaded, identity, stop)
-        _save_result(config, run, tokenizer, loaded)
-        del loaded
-        _free_memory()
-        _export(config, run, stop)
+    root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
+    strategy = build_strategy(config, built.model, processes, fingerprint if config.quantization else None)
+    started = time.perf_counter()
+    base = _load(config, built, root, strategy, watchdog)
+    logger.info("base in place after %.1f s", time.perf_counter() - started)
+    identity = {"base": asdict(base), "data": splits.fingerprint}
+    check_identity(run, identity)
+
+    stop = recorded.enter_context(StopRequest())
+    if processes.is_first:
+        recorded.enter_context(only_one_trainer(run))
+    check_shared(run, processes)
+    recorded.enter_context(_recorded(run, config, processes))
+    strategy.prepare(partial(build_optimizer, config.optim))
+    check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
+    _fit(config, run, tokenizer, splits, built.model, strategy, identity, stop, watchdog)
+    return tokenizer, stop
+
+
+def _load(config: RunConfig, built: BuiltModel, root: PackedCausalLM, strategy: Strategy, watchdog: Watchdog) -> Any:
+    try:
+        strategy.shard(root)
+        return load_weights(
+            built, config, strategy.place, strategy.processes, lambda activity: watchdog.mark(0, activity)
+        )
+    except torch.OutOfMemoryError as error:
+        fix = "quantise the base (quantization: {type: nf4}), cut it over more GPUs (strategy.kind: fsdp2), "
+        fix += "train an adapter, or choose a smaller model"
+        raise UserError("model.path", f"{config.model.path} does not fit this GPU: {error}", fix=fix) from error
 
 
 def _fit(
@@ -92,28 +139,24 @@ def _fit(
     run: RunDir,
     tokenizer: Any,
     splits: Splits,
-    loaded: LoadedModel,
+    model: nn.Module,
+    strategy: Strategy,
     identity: dict[str, Any],
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> None:
-    device = _device()
-    strategy = SingleProcess(device, loss_scaling=config.compute_dtype == "float16")
-    root = PackedCausalLM(loaded.model, getattr(torch, config.compute_dtype))
-    strategy.prepare(root, partial(build_optimizer, config.optim))
-
-    save = partial(save_adapter, loaded.model) if config.adapter else None
-    identity = identity | {"recipe": hash_file(run.recipe), "world_size": strategy.world_size}
-    checkpoints = CheckpointManager(run, config.checkpoint, identity, save)
+    processes = strategy.processes
+    finish = finish_adapter(model) if config.adapter else finish_full(config, model.config, tokenizer)
+    identity = identity | {"recipe": hash_file(run.recipe), "world_size": processes.world_size}
+    identity["strategy"] = type(strategy).__name__
+    checkpoints = CheckpointManager(run, config.checkpoint, identity, processes, finish)
     resumed = checkpoints.newest_intact()
     checkpoints.discard_after(resumed or 0)
 
-    choice = _choose_sizes(config, run, resumed, strategy, splits, loaded)
+    choice = _choose_sizes(config, run, resumed, strategy, splits, model, identity)
     sampler = _sampler(config, len(splits.train))
     num_steps = sampler.num_steps
-    log = MetricsLog(run)
-    log.truncate_after(resumed or 0)
-    trackers = Trackers(config, run, resumed or 0)  # may fail, so before the bar that takes the terminal
-    recorder = Recorder(log, trackers, Progress(num_steps, resumed or 0, config.train.log_every))
+    recorder = _recorder(config, run, processes, num_steps, resumed or 0)
     with contextlib.closing(recorder), contextlib.closing(checkpoints):
         loop = TrainLoop(
             config=config,
@@ -127,17 +170,29 @@ def _fit(
             schedule=Schedule(config.schedule, config.optim, num_steps),
             checkpoints=checkpoints,
             recorder=recorder,
-            meter=_meter(config, splits, loaded, device),
-            answer_samples=_sampler_of_answers(config, tokenizer, loaded),
+            meter=_meter(config, splits, model, processes),
+            answer_samples=_sampler_of_answers(config, tokenizer, model),
             stop=stop,
+            watchdog=watchdog,
         )
-        torch.manual_seed(config.train.seed)
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
-        _announce(recorder, config, splits, loaded, resumed, num_steps, choice)
+        _announce(recorder, config, splits, model, resumed, num_steps, choice, processes)
         loop.fit()
+        check_bytes(strategy, identity["base"]["nf4_fingerprint"], "after training")
+        _announce_best(config, checkpoints, recorder, loop.state)
+    if processes.is_first:
         run.write_state("running", loop.state.step, "trained; saving the result")
+
+
+def _recorder(config: RunConfig, run: RunDir, processes: Processes, num_steps: int, resumed: int) -> Recorder:
+    if not processes.is_first:
+        return Silence()
+    log = MetricsLog(run)
+    log.truncate_after(resumed)
+    trackers = Trackers(config, run, resumed)  # may fail, so before the bar that takes the terminal
+    return Recorder(log, trackers, Progress(num_steps, resumed, config.train.log_every))
 
 
 def _sampler(config: RunConfig, num_packs: int) -> GlobalBatchSampler:
@@ -149,37 +204,45 @@ def _sampler(config: RunConfig, num_packs: int) -> GlobalBatchSampler:
 
 
 def _choose_sizes(
-    config: RunConfig, run: RunDir, resumed: int | None, strategy: SingleProcess, splits: Splits, loaded: LoadedModel
+    config: RunConfig,
+    run: RunDir,
+    resumed: int | None,
+    strategy: Strategy,
+    splits: Splits,
+    model: nn.Module,
+    identity: dict[str, Any],
 ) -> Choice:
-    """A resumed run keeps the sizes it began with where they are automatic: its numbers stay the same."""
-    recompute = partial(set_recompute, loaded.model)
+    """A resumed run on as many processes keeps the sizes it began with where they are automatic."""
+    recompute = partial(set_recompute, model)
     if resumed is not None and config.train.micro_batch == "auto":
-        saved = read_manifest(run.step_dir(resumed))["progress"]
-        asked = {"none": False, "full": True}.get(config.train.recompute, saved["recompute"])
-        choice = Choice(saved["micro_batch"], asked)
-        recompute(choice.recompute)
-        return choice
-    return choose_micro_batch(
-        config.train, strategy, splits.train, config.packs_per_step, config.data.pack_length, recompute
-    )
+        manifest = read_manifest(run.step_dir(resumed))
+        if all(manifest.get(key) == identity[key] for key in ("world_size", "strategy")):
+            saved = manifest["progress"]
+            asked = {"none": False, "full": True}.get(config.train.recompute, saved["recompute"])
+            choice = Choice(saved["micro_batch"], asked)
+            recompute(choice.recompute)
+            return choice
+    packs_per_rank = -(-config.packs_per_step // strategy.processes.world_size)
+    return choose_micro_batch(config.train, strategy, splits.train, packs_per_rank, config.data.pack_length, recompute)
 
 
-def _meter(config: RunConfig, splits: Splits, loaded: LoadedModel, device: torch.device) -> ThroughputMeter:
+def _meter(config: RunConfig, splits: Splits, model: Any, processes: Processes) -> ThroughputMeter:
     shown = range(min(len(splits.train), 1000))
     attended = mean_attended_positions(len(ids) for index in shown for ids, _ in splits.train[index])
-    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad) if config.adapter else 0
-    flops = flops_per_token(loaded.model.config, config.method == "full", attended, trained)
-    return ThroughputMeter(flops, device_peak_flops(device), device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if config.adapter else 0
+    flops = flops_per_token(model.config, config.method == "full", attended, trained)
+    peak = device_peak_flops(processes.device)
+    return ThroughputMeter(flops, peak and peak * processes.world_size, processes.device)
 
 
-def _sampler_of_answers(config: RunConfig, tokenizer: Any, loaded: LoadedModel) -> Any:
+def _sampler_of_answers(config: RunConfig, tokenizer: Any, model: nn.Module) -> Any:
     template = load_template(config.data.template, tokenizer)
 
     def answers() -> list[tuple[str, str]]:
         prompts = config.eval.samples
         if not prompts:
             return []
-        found = answer_samples(loaded.model, tokenizer, prompts, template, config.eval.max_new_tokens)
+        found = answer_samples(model, tokenizer, prompts, template, config.eval.max_new_tokens)
         return list(zip(prompts, found, strict=True))
 
     return answers
@@ -189,12 +252,13 @@ def _announce(
     recorder: Recorder,
     config: RunConfig,
     splits: Splits,
-    loaded: LoadedModel,
+    model: nn.Module,
     resumed: int | None,
     num_steps: int,
     choice: Choice,
+    processes: Processes,
 ) -> None:
-    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packs, report = len(splits.train), splits.reports["train"]
     if resumed is None:
         text = (
@@ -204,25 +268,21 @@ def _announce(
         recorder.event(0, "start", text)
     else:
         recorder.event(resumed, "resume", f"resumed at step {resumed} of {num_steps}")
-    recorder.event(resumed or 0, "micro_batch", str(choice))
+    several = f", on {processes.world_size} processes" if processes.world_size > 1 else ""
+    recorder.event(resumed or 0, "micro_batch", f"{choice}{several}")
 
 
-def _save_result(config: RunConfig, run: RunDir, tokenizer: Any, loaded: LoadedModel) -> None:
-    """Writes ``adapter/`` or ``model/``, each with the tokenizer and the template trained with."""
+def _announce_best(config: RunConfig, checkpoints: CheckpointManager, recorder: Recorder, state: LoopState) -> None:
+    best = checkpoints.best_step() if config.checkpoint.keep_best else None
+    if best is not None and best != state.step:
+        text = f"best weights taken: step {best}, validation loss {state.best_loss:.4f}"
+        recorder.event(state.step, "best_loaded", text)
 
-    def write_adapter(folder: Path) -> None:
-        save_adapter(loaded.model, folder)
-        tokenizer_as_trained(tokenizer, config.data.template).save_pretrained(folder)
 
-    def write_model(folder: Path) -> None:
-        weights = dict(loaded.model.named_parameters())
-        save_model(loaded.model, weights, getattr(torch, config.model.dtype), folder)
-        write_serving_files(folder, config.model, loaded.model.config, tokenizer, config.data.template)
-
-    if config.adapter:
-        replace_folder(run.adapter, write_adapter)
-    else:
-        replace_folder(run.model, write_model)
+def _save_result(config: RunConfig, run: RunDir, tokenizer: Any) -> None:
+    """Writes ``adapter/`` or ``model/`` from the best checkpoint, or the last where none is the best."""
+    best = run.best_step() if config.checkpoint.keep_best else None
+    write_result(run, best if best is not None else run.steps()[-1], config, tokenizer)
 
 
 def _export(config: RunConfig, run: RunDir, stop: StopRequest) -> None:
@@ -267,15 +327,46 @@ def _stop_if_asked(stop: StopRequest, before: str) -> None:
 
 
 @contextlib.contextmanager
-def _recorded(run: RunDir, config: RunConfig) -> Iterator[None]:
-    """From here on the run dir is ours: recipe, log file, and a ``state.json`` that says how it ended."""
+def _watched(run: RunDir, processes: Processes) -> Iterator[Watchdog]:
+    """A watchdog over the processes; whatever ends this one is told to the others before it leaves."""
+
+    def write_state(message: str) -> None:
+        if run.read_state().get("state") == "running":
+            run.write_state("failed", _last_step(run), message)
+
+    with Watchdog(processes, run.logs, write_state) as watchdog:
+        try:
+            yield watchdog
+        except (Preempted, KeyboardInterrupt):  # all processes stop together
+            raise
+        except BaseException as error:
+            cause = watchdog.fail(error)  # another process may have been the first to fail
+            if cause is error:
+                raise
+            raise cause from error
+
+
+@contextlib.contextmanager
+def _recorded(run: RunDir, config: RunConfig, processes: Processes) -> Iterator[None]:
+    """From here on the run dir is ours: recipe, log files, and a ``state.json`` that says how it ended."""
+    run.logs.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run.logs / f"rank_{processes.rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        with _state_recorded(run, config, handler) if processes.is_first else contextlib.nullcontext():
+            processes.barrier()  # the recipe is there for all
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) -> Iterator[None]:
     steps = run.steps()
     run.write_state("running", steps[-1] if steps else 0, started=time.time(), pid=os.getpid())
     write_atomically(run.recipe, dump_recipe(config))
-    run.logs.mkdir(exist_ok=True)
-    handler = logging.FileHandler(run.logs / "rank_0.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
     try:
         yield
         run.write_state("done", run.read_state()["step"])
@@ -298,9 +389,6 @@ def _recorded(run: RunDir, config: RunConfig) -> Iterator[None]:
             fix = "lower train.micro_batch or set train.recompute: full; then it goes on from the last checkpoint"
             raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
         raise
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
 
 
 def _last_step(run: RunDir) -> int:
@@ -308,25 +396,10 @@ def _last_step(run: RunDir) -> int:
     return max((record["step"] for record in read_metrics(run.metrics) if record["kind"] == "step"), default=0)
 
 
-def _bytes_to_write(config: RunConfig, loaded: LoadedModel) -> int:
+def _bytes_to_write(config: RunConfig, model: nn.Module) -> int:
     """Checkpoints kept, the best and the one being written; then the result."""
     kept = config.checkpoint.keep + 1 + config.checkpoint.keep_best if config.checkpoint.every_steps else 1
-    written = kept * checkpoint_bytes(loaded.model, config)
-    return written + result_bytes(loaded.model, config)
-
-
-def _refuse_several_processes() -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(
-            "WORLD_SIZE",
-            f"{os.environ['WORLD_SIZE']} processes were started; each would train the same model on its own",
-            "1",
-            "start one process: packtrain train RECIPE",
-        )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return kept * checkpoint_bytes(model, config) + result_bytes(model, config)
 
 
 def _free_memory() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from trainer.checkpoint.layout import RunDir, write_atomically, write_manifest
 from trainer.config import RunConfig
-from trainer.model.load import load_model, save_adapter
+from trainer.model.adapter_files import save_adapter
+from trainer.model.load import load_model
 from trainer.recipe import dump_recipe
 
 

@@ -17,7 +17,8 @@ from trainer.data.masking import load_template
 from trainer.errors import UserError
 from trainer.export.merge import merge_adapter
 from trainer.generate import answer_samples, generate, load_for_inference, prompt_token_ids
-from trainer.model.load import load_model, load_tokenizer
+from trainer.model.load import load_model
+from trainer.model.tokenizer import load_tokenizer
 
 PROMPTS = [[1, 5, 6], [1, 9], [1, 7, 8, 20, 30, 40, 41], [1, 100, 101, 102]]
 

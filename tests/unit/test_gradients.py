@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
-from trainer.model.load import load_model, save_adapter, set_recompute
+from trainer.model.adapter_files import save_adapter
+from trainer.model.load import load_model, set_recompute
 from trainer.model.nf4 import NF4Linear
 
 CPU = torch.device("cpu")

@@ -18,11 +18,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from trainer.config import ModelConfig, RunConfig
 from trainer.errors import UserError
-from trainer.model import weights
-from trainer.model.load import load_model, load_tokenizer, set_recompute
+from trainer.launchers import World
+from trainer.model import source, weights
+from trainer.model.build import build_model
+from trainer.model.load import load_model, load_weights, set_recompute
 from trainer.model.nf4 import Format, NF4Linear, fingerprint, quantize_weight
 from trainer.model.shapes import SHAPES, published_shape
-from trainer.model.weights import base_content_hash, build_on_meta, iter_base_tensors, load_base_config, random_tensor
+from trainer.model.source import TensorReader, list_tensors
+from trainer.model.tokenizer import load_tokenizer
+from trainer.model.weights import base_content_hash, build_on_meta, load_base_config, random_tensor
+from trainer.processes import Processes
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 25)[None]
@@ -174,6 +179,68 @@ def test_hub_snapshot_of_the_cache(toy_recipe: Recipe, toy_model_dir: Path, tmp_
 
     torch.testing.assert_close(logits(loaded.model), reference_logits(toy_model_dir))
     assert loaded.base.revision == commit
+
+
+EVERYTHING: dict[str, Any] = {**QLORA, "adapter": {"r": 4, "dora": True, "modules_to_save": ["lm_head"]}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "tied"),
+    [({}, False), ({}, True), ({"adapter": {"r": 4}}, False), ({"adapter": {"r": 4}}, True), (EVERYTHING, False)],
+    ids=["full", "tied", "lora", "tied lora", "everything"],
+)
+def test_built_without_storage_and_every_parameter_placed_once(
+    toy_recipe: Recipe, toy_model_dir: Path, toy_tied_model_dir: Path, sections: dict[str, Any], tied: bool
+) -> None:
+    model = {"path": str(toy_tied_model_dir if tied else toy_model_dir), "dtype": "bfloat16"}
+    config = toy_recipe(model=model, **sections)
+    loaded = load_model(config, CPU)
+
+    built = build_model(config, CPU)
+    layout = [(name, p.shape, p.dtype, p.requires_grad, p.device.type) for name, p in built.model.named_parameters()]
+    placed: dict[nn.Parameter, torch.Tensor] = {}
+    marks: list[str] = []
+
+    def place(owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
+        parameter = owner.get_parameter(leaf)
+        assert parameter not in placed
+        assert parameter.shape == whole.shape
+        placed[parameter] = whole.clone()
+
+    identity = load_weights(built, config, place, Processes(World(), CPU), marks.append)
+
+    wanted = dict(loaded.model.named_parameters())
+    assert layout == [(name, p.shape, p.dtype, p.requires_grad, "meta") for name, p in wanted.items()]
+    for name, parameter in built.model.named_parameters():
+        assert torch.equal(placed.pop(parameter).to(parameter.dtype), wanted[name])
+    assert not placed
+    assert set(built.adapter_init) == {name for name in wanted if "lora_A" in name or "lora_B" in name}
+    assert identity == loaded.base
+    assert {f"loading {stored.name}" for stored in list_tensors(config.model)} <= set(marks)
+
+
+def test_tensors_larger_than_a_read(toy_recipe: Recipe, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "READ_BYTES", 1000)
+    torch.testing.assert_close(logits(load_model(toy_recipe(), CPU).model), reference_logits(toy_model_dir))
+
+
+def test_tensors_come_in_the_order_of_the_files(toy_model_dir: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(toy_model_dir).save_pretrained(tmp_path, max_shard_size="50KB")
+    places = [(stored.file, stored.offset) for stored in list_tensors(ModelConfig(path=str(tmp_path)))]
+    assert places == sorted(places)
+    assert len({file for file, _ in places}) > 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_content_hash_while_loading_is_that_of_the_files(
+    toy_recipe: Recipe, toy_model_dir: Path, tmp_path: Path, sharded: bool
+) -> None:
+    folder = toy_model_dir
+    if sharded:
+        AutoModelForCausalLM.from_pretrained(toy_model_dir).save_pretrained(tmp_path, max_shard_size="50KB")
+        folder = tmp_path
+    config = toy_recipe(model={"path": str(folder)})
+    assert load_model(config, CPU).base.content_hash == base_content_hash(config.model, config.train.seed)
 
 
 @pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}, QLORA], ids=["full", "lora", "qlora"])
@@ -334,8 +401,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor of integers": (
         lambda folder: _edit_tensors(folder, lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
-        "int8",
+        "of I8",
     ),
+    "NaN": (lambda folder: _edit_tensors(folder, lambda t: t[NORM].fill_(torch.nan)), f"{NORM} holds NaN"),
     "weights in a pickle": (_only_bin, "convert"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
@@ -420,7 +488,8 @@ def test_random_base_needs_a_config_alone(toy_recipe: Recipe, model_dir: Path, s
 def test_random_base_can_be_had_again_from_its_seed(toy_recipe: Recipe) -> None:
     config = toy_recipe(model={"init": "random"})
     model = load_model(config, CPU).model
-    tensors = dict(iter_base_tensors(config.model, config.train.seed))
+    with TensorReader(config.model, config.train.seed, CPU) as reader:
+        tensors = {stored.name: reader.read(stored) for stored in list_tensors(config.model)}
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == {
         n: t.shape for n, t in tensors.items()
     }

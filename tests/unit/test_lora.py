@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.load import load_adapter, load_model, save_adapter
+from trainer.model.adapter_files import load_adapter, save_adapter
+from trainer.model.load import load_model
 from trainer.model.lora import FusedLora, LoraMatMul
 from trainer.model.nf4 import NF4Linear
 
@@ -61,6 +62,126 @@ def test_fused_forward_equals_pefts(toy_recipe: Recipe, quantized: bool, monkeyp
     torch.testing.assert_close(fused, logits(model), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=["plain", "dora"])
+def test_same_numbers_on_bit_views_of_the_bytes(toy_recipe: Recipe, adapter: dict[str, Any]) -> None:
+    model = build(toy_recipe, quantized=True, **adapter)
+    wanted = logits(model)
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            for name in ("packed", "scales"):
+                view = layer.get_parameter(name).detach().view(torch.bfloat16)
+                layer.register_parameter(name, torch.nn.Parameter(view, requires_grad=False))
+
+    found = logits(model)
+    found.sum().backward()
+
+    assert torch.equal(found, wanted)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_dora_magnitudes_are_pefts(toy_recipe: Recipe, quantized: bool) -> None:
+    """Which PEFT computes when it attaches an adapter to a base that has its weights."""
+    model = build(toy_recipe, quantized, model={"dtype": "bfloat16"}, dora=True)
+    for layer in (module for module in model.modules() if isinstance(module, FusedLora)):
+        base: Any = layer.get_base_layer()
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
+        plain.weight.data.copy_(base.weight)
+        theirs = PeftLoraLinear(plain, "default", config=peft.LoraConfig(use_dora=True), r=4, lora_alpha=8)
+        magnitudes: Any = theirs.lora_magnitude_vector["default"]
+        assert torch.equal(layer.lora_magnitude_vector["default"].weight, magnitudes.weight.float())
+
+
+@pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=["plain", "dora"])
+def test_same_numbers_on_bit_views_of_the_bytes(toy_recipe: Recipe, adapter: dict[str, Any]) -> None:
+    model = build(toy_recipe, quantized=True, **adapter)
+    wanted = logits(model)
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            for name in ("packed", "scales"):
+                view = layer.get_parameter(name).detach().view(torch.bfloat16)
+                layer.register_parameter(name, torch.nn.Parameter(view, requires_grad=False))
+
+    found = logits(model)
+    found.sum().backward()
+
+    assert torch.equal(found, wanted)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_dora_magnitudes_are_pefts(toy_recipe: Recipe, quantized: bool) -> None:
+    """Which PEFT computes when it attaches an adapter to a base that has its weights."""
+    model = build(toy_recipe, quantized, model={"dtype": "bfloat16"}, dora=True)
+    for layer in (module for module in model.modules() if isinstance(module, FusedLora)):
+        base: Any = layer.get_base_layer()
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
+        plain.weight.data.copy_(base.weight)
+        theirs = PeftLoraLinear(plain, "default", config=peft.LoraConfig(use_dora=True), r=4, lora_alpha=8)
+        magnitudes: Any = theirs.lora_magnitude_vector["default"]
+        assert torch.equal(layer.lora_magnitude_vector["default"].weight, magnitudes.weight.float())
+
+
+@pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=["plain", "dora"])
+def test_same_numbers_on_bit_views_of_the_bytes(toy_recipe: Recipe, adapter: dict[str, Any]) -> None:
+    model = build(toy_recipe, quantized=True, **adapter)
+    wanted = logits(model)
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            for name in ("packed", "scales"):
+                view = layer.get_parameter(name).detach().view(torch.bfloat16)
+                layer.register_parameter(name, torch.nn.Parameter(view, requires_grad=False))
+
+    found = logits(model)
+    found.sum().backward()
+
+    assert torch.equal(found, wanted)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_dora_magnitudes_are_pefts(toy_recipe: Recipe, quantized: bool) -> None:
+    """Which PEFT computes when it attaches an adapter to a base that has its weights."""
+    model = build(toy_recipe, quantized, model={"dtype": "bfloat16"}, dora=True)
+    for layer in (module for module in model.modules() if isinstance(module, FusedLora)):
+        base: Any = layer.get_base_layer()
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
+        plain.weight.data.copy_(base.weight)
+        theirs = PeftLoraLinear(plain, "default", config=peft.LoraConfig(use_dora=True), r=4, lora_alpha=8)
+        magnitudes: Any = theirs.lora_magnitude_vector["default"]
+        assert torch.equal(layer.lora_magnitude_vector["default"].weight, magnitudes.weight.float())
+
+
+@pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=["plain", "dora"])
+def test_same_numbers_on_bit_views_of_the_bytes(toy_recipe: Recipe, adapter: dict[str, Any]) -> None:
+    model = build(toy_recipe, quantized=True, **adapter)
+    wanted = logits(model)
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            for name in ("packed", "scales"):
+                view = layer.get_parameter(name).detach().view(torch.bfloat16)
+                layer.register_parameter(name, torch.nn.Parameter(view, requires_grad=False))
+
+    found = logits(model)
+    found.sum().backward()
+
+    assert torch.equal(found, wanted)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_dora_magnitudes_are_pefts(toy_recipe: Recipe, quantized: bool) -> None:
+    """Which PEFT computes when it attaches an adapter to a base that has its weights."""
+    model = build(toy_recipe, quantized, model={"dtype": "bfloat16"}, dora=True)
+    for layer in (module for module in model.modules() if isinstance(module, FusedLora)):
+        base: Any = layer.get_base_layer()
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
+        plain.weight.data.copy_(base.weight)
+        theirs = PeftLoraLinear(plain, "default", config=peft.LoraConfig(use_dora=True), r=4, lora_alpha=8)
+        magnitudes: Any = theirs.lora_magnitude_vector["default"]
+        assert torch.equal(layer.lora_magnitude_vector["default"].weight, magnitudes.weight.float())
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
 def test_which_layers_are_fused(toy_recipe: Recipe, quantized: bool, fused_calls: list[int]) -> None:
     model = build(toy_recipe, quantized)
@@ -88,6 +209,13 @@ def test_dropout_and_dora_take_pefts_path(toy_recipe: Recipe, quantized: bool, f
     assert len(fused_calls) == 28  # without dropout at work the layers are plain again
     logits(build(toy_recipe, quantized, dora=True))
     assert len(fused_calls) == 28
+
+
+def test_an_adapter_added_later_may_be_drawn_in_another_way(toy_recipe: Recipe) -> None:
+    model = build(toy_recipe, quantized=True)
+    before = logits(model)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert torch.equal(logits(model), before)
 
 
 def test_two_adapters_take_pefts_path(toy_recipe: Recipe, fused_calls: list[int]) -> None:

@@ -234,6 +234,286 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(other(torch.ones(1, 96)), layer(torch.ones(1, 96)))
 
 
+# Engines that shard floating tensors alone hold the bytes as another dtype's bit view.
+VIEWS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def as_views(layer: NF4Linear, dtype: torch.dtype) -> NF4Linear:
+    for name in ("packed", "scales"):
+        view = layer.get_parameter(name).detach().view(dtype)
+        layer.register_parameter(name, nn.Parameter(view, requires_grad=False))
+    return layer
+
+
+def every_16_bits() -> torch.Tensor:
+    """All patterns, among them each NaN and subnormal of bfloat16 and float16, as ``[256, 512]`` packed bytes."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(256, 256).view(torch.uint8)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bit_views_dequantise_alike_for_all_patterns(format: Format, view: torch.dtype) -> None:
+    _, scales = quantize_weight(random_weight((256, 1024)), format)
+    packed = every_16_bits()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = dequantize_weight(packed, scales, format, dtype)
+        assert torch.equal(dequantize_weight(packed.view(view), scales.view(view), format, dtype), wanted)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_layers_compute_alike_on_bit_views(view: torch.dtype) -> None:
+    x = torch.randn(4, 96, requires_grad=True)
+    wanted = linear(bias=True)(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+
+    output = as_views(linear(bias=True), view)(x)
+
+    assert torch.equal(output, wanted)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], wanted_grad)
+    assert fingerprint(as_views(linear(), view)) == fingerprint(linear())
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_no_cast_touches_bit_views(cast: str, view: torch.dtype) -> None:
+    layer = NF4Linear(1024, 256, True, FORMATS[1], torch.float32)
+    layer.set_weight(random_weight((256, 1024)))
+    layer.packed.data.copy_(every_16_bits())
+    before = layer.packed.clone()
+
+    CASTS[cast](as_views(layer, view))
+
+    assert layer.packed.dtype == layer.scales.dtype == view
+    assert torch.equal(layer.packed.view(torch.uint8), before)
+    assert layer.to("meta").packed.is_meta
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_state_dicts_of_bit_views_fit_the_same_views_alone(view: torch.dtype) -> None:
+    layer, other = as_views(linear(), view), as_views(linear(shape=(48, 96)), view)
+    other.packed.data.zero_()
+
+    other.load_state_dict(layer.state_dict())
+
+    assert fingerprint(other) == fingerprint(linear())
+    for given in (torch.float64, torch.uint8):
+        state = {name: tensor.to(given) for name, tensor in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match=f"packed is {given}"):
+            other.load_state_dict(state)
+    assert fingerprint(other) == fingerprint(linear())
+
+
+# Engines that shard floating tensors alone hold the bytes as another dtype's bit view.
+VIEWS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def as_views(layer: NF4Linear, dtype: torch.dtype) -> NF4Linear:
+    for name in ("packed", "scales"):
+        view = layer.get_parameter(name).detach().view(dtype)
+        layer.register_parameter(name, nn.Parameter(view, requires_grad=False))
+    return layer
+
+
+def every_16_bits() -> torch.Tensor:
+    """All patterns, among them each NaN and subnormal of bfloat16 and float16, as ``[256, 512]`` packed bytes."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(256, 256).view(torch.uint8)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bit_views_dequantise_alike_for_all_patterns(format: Format, view: torch.dtype) -> None:
+    _, scales = quantize_weight(random_weight((256, 1024)), format)
+    packed = every_16_bits()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = dequantize_weight(packed, scales, format, dtype)
+        assert torch.equal(dequantize_weight(packed.view(view), scales.view(view), format, dtype), wanted)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_layers_compute_alike_on_bit_views(view: torch.dtype) -> None:
+    x = torch.randn(4, 96, requires_grad=True)
+    wanted = linear(bias=True)(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+
+    output = as_views(linear(bias=True), view)(x)
+
+    assert torch.equal(output, wanted)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], wanted_grad)
+    assert fingerprint(as_views(linear(), view)) == fingerprint(linear())
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_no_cast_touches_bit_views(cast: str, view: torch.dtype) -> None:
+    layer = NF4Linear(1024, 256, True, FORMATS[1], torch.float32)
+    layer.set_weight(random_weight((256, 1024)))
+    layer.packed.data.copy_(every_16_bits())
+    before = layer.packed.clone()
+
+    CASTS[cast](as_views(layer, view))
+
+    assert layer.packed.dtype == layer.scales.dtype == view
+    assert torch.equal(layer.packed.view(torch.uint8), before)
+    assert layer.to("meta").packed.is_meta
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_state_dicts_of_bit_views_fit_the_same_views_alone(view: torch.dtype) -> None:
+    layer, other = as_views(linear(), view), as_views(linear(shape=(48, 96)), view)
+    other.packed.data.zero_()
+
+    other.load_state_dict(layer.state_dict())
+
+    assert fingerprint(other) == fingerprint(linear())
+    for given in (torch.float64, torch.uint8):
+        state = {name: tensor.to(given) for name, tensor in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match=f"packed is {given}"):
+            other.load_state_dict(state)
+    assert fingerprint(other) == fingerprint(linear())
+
+
+# Engines that shard floating tensors alone hold the bytes as another dtype's bit view.
+VIEWS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def as_views(layer: NF4Linear, dtype: torch.dtype) -> NF4Linear:
+    for name in ("packed", "scales"):
+        view = layer.get_parameter(name).detach().view(dtype)
+        layer.register_parameter(name, nn.Parameter(view, requires_grad=False))
+    return layer
+
+
+def every_16_bits() -> torch.Tensor:
+    """All patterns, among them each NaN and subnormal of bfloat16 and float16, as ``[256, 512]`` packed bytes."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(256, 256).view(torch.uint8)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bit_views_dequantise_alike_for_all_patterns(format: Format, view: torch.dtype) -> None:
+    _, scales = quantize_weight(random_weight((256, 1024)), format)
+    packed = every_16_bits()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = dequantize_weight(packed, scales, format, dtype)
+        assert torch.equal(dequantize_weight(packed.view(view), scales.view(view), format, dtype), wanted)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_layers_compute_alike_on_bit_views(view: torch.dtype) -> None:
+    x = torch.randn(4, 96, requires_grad=True)
+    wanted = linear(bias=True)(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+
+    output = as_views(linear(bias=True), view)(x)
+
+    assert torch.equal(output, wanted)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], wanted_grad)
+    assert fingerprint(as_views(linear(), view)) == fingerprint(linear())
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_no_cast_touches_bit_views(cast: str, view: torch.dtype) -> None:
+    layer = NF4Linear(1024, 256, True, FORMATS[1], torch.float32)
+    layer.set_weight(random_weight((256, 1024)))
+    layer.packed.data.copy_(every_16_bits())
+    before = layer.packed.clone()
+
+    CASTS[cast](as_views(layer, view))
+
+    assert layer.packed.dtype == layer.scales.dtype == view
+    assert torch.equal(layer.packed.view(torch.uint8), before)
+    assert layer.to("meta").packed.is_meta
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_state_dicts_of_bit_views_fit_the_same_views_alone(view: torch.dtype) -> None:
+    layer, other = as_views(linear(), view), as_views(linear(shape=(48, 96)), view)
+    other.packed.data.zero_()
+
+    other.load_state_dict(layer.state_dict())
+
+    assert fingerprint(other) == fingerprint(linear())
+    for given in (torch.float64, torch.uint8):
+        state = {name: tensor.to(given) for name, tensor in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match=f"packed is {given}"):
+            other.load_state_dict(state)
+    assert fingerprint(other) == fingerprint(linear())
+
+
+# Engines that shard floating tensors alone hold the bytes as another dtype's bit view.
+VIEWS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def as_views(layer: NF4Linear, dtype: torch.dtype) -> NF4Linear:
+    for name in ("packed", "scales"):
+        view = layer.get_parameter(name).detach().view(dtype)
+        layer.register_parameter(name, nn.Parameter(view, requires_grad=False))
+    return layer
+
+
+def every_16_bits() -> torch.Tensor:
+    """All patterns, among them each NaN and subnormal of bfloat16 and float16, as ``[256, 512]`` packed bytes."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(256, 256).view(torch.uint8)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bit_views_dequantise_alike_for_all_patterns(format: Format, view: torch.dtype) -> None:
+    _, scales = quantize_weight(random_weight((256, 1024)), format)
+    packed = every_16_bits()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = dequantize_weight(packed, scales, format, dtype)
+        assert torch.equal(dequantize_weight(packed.view(view), scales.view(view), format, dtype), wanted)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_layers_compute_alike_on_bit_views(view: torch.dtype) -> None:
+    x = torch.randn(4, 96, requires_grad=True)
+    wanted = linear(bias=True)(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+
+    output = as_views(linear(bias=True), view)(x)
+
+    assert torch.equal(output, wanted)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], wanted_grad)
+    assert fingerprint(as_views(linear(), view)) == fingerprint(linear())
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_no_cast_touches_bit_views(cast: str, view: torch.dtype) -> None:
+    layer = NF4Linear(1024, 256, True, FORMATS[1], torch.float32)
+    layer.set_weight(random_weight((256, 1024)))
+    layer.packed.data.copy_(every_16_bits())
+    before = layer.packed.clone()
+
+    CASTS[cast](as_views(layer, view))
+
+    assert layer.packed.dtype == layer.scales.dtype == view
+    assert torch.equal(layer.packed.view(torch.uint8), before)
+    assert layer.to("meta").packed.is_meta
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_state_dicts_of_bit_views_fit_the_same_views_alone(view: torch.dtype) -> None:
+    layer, other = as_views(linear(), view), as_views(linear(shape=(48, 96)), view)
+    other.packed.data.zero_()
+
+    other.load_state_dict(layer.state_dict())
+
+    assert fingerprint(other) == fingerprint(linear())
+    for given in (torch.float64, torch.uint8):
+        state = {name: tensor.to(given) for name, tensor in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match=f"packed is {given}"):
+            other.load_state_dict(state)
+    assert fingerprint(other) == fingerprint(linear())
+
+
 @pytest.mark.parametrize("name", ["packed", "scales"])
 def test_refuses_a_state_dict_of_other_dtypes(name: str) -> None:
     layer = linear()
@@ -320,6 +600,38 @@ def test_fingerprint_sees_one_bit_and_no_order() -> None:
         assert fingerprint(nn.ModuleList(layers)) != before
         data.view(-1)[-1] ^= 1
     assert fingerprint(nn.ModuleList(layers)) == before
+
+
+def test_fingerprint_is_the_sum_over_the_bytes() -> None:
+    """Against the definition, so that runs of an earlier version can be resumed and merged."""
+    layer, sums = linear(), nf4.Fingerprint()
+    data = torch.cat([layer.packed.view(-1), layer.scales]).long()
+    sums.total, sums.count = torch.stack([data.sum(), data.square().sum()]), len(data)
+    assert fingerprint(layer) == sums.text()
+
+
+def test_fingerprint_is_the_sum_over_the_bytes() -> None:
+    """Against the definition, so that runs of an earlier version can be resumed and merged."""
+    layer, sums = linear(), nf4.Fingerprint()
+    data = torch.cat([layer.packed.view(-1), layer.scales]).long()
+    sums.total, sums.count = torch.stack([data.sum(), data.square().sum()]), len(data)
+    assert fingerprint(layer) == sums.text()
+
+
+def test_fingerprint_is_the_sum_over_the_bytes() -> None:
+    """Against the definition, so that runs of an earlier version can be resumed and merged."""
+    layer, sums = linear(), nf4.Fingerprint()
+    data = torch.cat([layer.packed.view(-1), layer.scales]).long()
+    sums.total, sums.count = torch.stack([data.sum(), data.square().sum()]), len(data)
+    assert fingerprint(layer) == sums.text()
+
+
+def test_fingerprint_is_the_sum_over_the_bytes() -> None:
+    """Against the definition, so that runs of an earlier version can be resumed and merged."""
+    layer, sums = linear(), nf4.Fingerprint()
+    data = torch.cat([layer.packed.view(-1), layer.scales]).long()
+    sums.total, sums.count = torch.stack([data.sum(), data.square().sum()]), len(data)
+    assert fingerprint(layer) == sums.text()
 
 
 def test_weight_is_for_dora_alone() -> None:

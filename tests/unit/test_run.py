@@ -172,7 +172,7 @@ def test_a_full_disk_is_named_and_can_be_mended(toy_recipe, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("where", "told"),
-    [("trainer.run.load_model", r"model.path: .* does not fit"), ("trainer.loop.TrainLoop.train_step", "micro_batch")],
+    [("trainer.run.load_weights", r"model.path: .* does not fit"), ("trainer.loop.TrainLoop.train_step", "micro_batch")],
 )
 def test_a_full_gpu_is_named_with_what_to_do(toy_recipe, tmp_path, monkeypatch, where, told):
     def full(*_):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.sampler import GlobalBatchSampler, collate, sample_order
+from trainer.data.sampler import GlobalBatchSampler, collate, deal, sample_order
 from trainer.data.types import IGNORE_INDEX
 
 PINNED = ([6, 2, 5, 7, 0, 9, 4, 3, 8, 1], [8, 0, 3, 7, 1, 4, 2, 9, 6, 5])
@@ -57,6 +57,35 @@ def test_there_is_no_step_beyond_the_last() -> None:
     for step in (3, -1):
         with pytest.raises(IndexError):
             sampler.batch(step)
+
+
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_every_rank_gets_as_many_micro_batches_and_every_sample_goes_once(
+    num_samples: int, world_size: int, micro_batch: int
+) -> None:
+    dealt = [deal(range(num_samples), rank, world_size, micro_batch) for rank in range(world_size)]
+    assert len({len(batches) for batches in dealt}) == 1
+    assert sorted(s for batches in dealt for batch in batches for s in batch) == list(range(num_samples))
+    sizes = [sum(map(len, batches)) for batches in dealt]
+    assert max(sizes) - min(sizes) <= 1, "no rank waits for more than one pack of another"
+    assert all(len(batch) <= micro_batch for batches in dealt for batch in batches)
+
+
+def test_one_process_takes_the_samples_as_they_come() -> None:
+    assert deal(range(10, 15), 0, 1, 2) == [[10, 11], [12, 13], [14]]
+
+
+def test_noise_is_of_the_sample_and_the_run_not_of_the_process() -> None:
+    sampler, other = GlobalBatchSampler(9, 2, 1, seed=1), GlobalBatchSampler(9, 2, 1, seed=2)
+    seeds = [sampler.noise_seed(sample) for sample in range(100)]
+    assert len({*seeds, *(other.noise_seed(sample) for sample in range(100))}) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_process_without_samples_computes_along_and_trains_nothing() -> None:
+    batch = collate([], seed=3)
+    assert batch.num_trained_tokens == 0 and batch.num_tokens > 0 and batch.seed == 3
 
 
 def test_collate_lays_documents_end_to_end() -> None:

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.strategies.single import MIN_LOSS_SCALE, SingleProcess
+from trainer.launchers import World
+from trainer.processes import Processes
+from trainer.strategies.scaler import GROWTH_INTERVAL, MIN_SCALE, LossScaler
+from trainer.strategies.single import SingleProcess
+
+ALONE = Processes(World(), torch.device("cpu"))
 
 
 class Root(nn.Module):
@@ -19,6 +24,8 @@ class Root(nn.Module):
 
 
 class Batch:
+    seed = 0
+
     def __init__(self, x):
         self.x = x
 
@@ -26,10 +33,26 @@ class Batch:
         return self
 
 
-def strategy(loss_scaling=False):
-    single = SingleProcess(torch.device("cpu"), loss_scaling)
-    single.prepare(Root(), lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+def strategy(loss_scaling=False, optimizer=torch.optim.AdamW, offload=False):
+    single = SingleProcess(ALONE, loss_scaling, offload)
+    single.shard(Root())
+    single.prepare(lambda named, _: optimizer([tensor for _, tensor in named], lr=0.0))
     return single
+
+
+class Saved:
+    """A checkpoint in memory."""
+
+    def __init__(self, state):
+        self.state = {name: tensor.clone() for name, tensor in state.items()}
+        self.names = self.state.keys()
+
+    def load(self, state):
+        for name, tensor in state.items():
+            tensor.copy_(self.state[name])
+
+    def read(self, name):
+        return self.state[name]
 
 
 ONES = Batch(torch.ones(3, 4))
@@ -45,7 +68,7 @@ def test_gradients_of_micro_batches_add_up_over_the_whole_batch():
 
 
 def test_the_norm_reported_is_before_clipping_and_the_step_after():
-    single = strategy()
+    single = strategy(optimizer=torch.optim.SGD)
     before = single.module.model.weight.clone()
     single.forward_backward([ONES], num_trained_tokens=1)
     result = single.step(lr=1.0, max_norm=0.5)
@@ -70,23 +93,23 @@ def test_float16_overflows_lower_the_scale_and_count_only_at_its_minimum():
     for _ in range(20):
         single.forward_backward([BROKEN], num_trained_tokens=1)
         result = single.step(lr=1.0, max_norm=None)
-        scales.append(single.scaler.get_scale())
+        scales.append(single.scaler.scale)
         failures.append(result.is_failure)
-    assert scales[0] < 65536 and scales[-1] == MIN_LOSS_SCALE
+    assert scales[0] < 65536 and scales[-1] == MIN_SCALE
     first = failures.index(True)
-    assert scales[first - 1] == MIN_LOSS_SCALE and all(failures[first:])
+    assert scales[first - 1] == MIN_SCALE and all(failures[first:])
 
 
 def test_the_loss_scale_survives_a_restart():
     first, second = strategy(loss_scaling=True), strategy(loss_scaling=True)
     first.forward_backward([BROKEN], 1)
     first.step(1.0, None)
-    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
-    assert second.scaler.get_scale() == first.scaler.get_scale() == 32768
+    second.restore(Saved(first.state_dict()))
+    assert second.scaler.scale == first.scaler.scale == 32768
 
 
 def test_the_scaled_loss_gives_the_same_gradient():
-    plain, scaled = strategy(), strategy(loss_scaling=True)
+    plain, scaled = (strategy(scaling, torch.optim.SGD) for scaling in (False, True))
     scaled.module.load_state_dict(plain.module.state_dict())
     for single in (plain, scaled):
         single.forward_backward([ONES], num_trained_tokens=3)
@@ -95,11 +118,47 @@ def test_the_scaled_loss_gives_the_same_gradient():
 
 
 def test_a_checkpoint_before_the_first_whole_step_holds_what_a_resume_asks_for():
-    single = SingleProcess(torch.device("cpu"), loss_scaling=True)
-    single.prepare(Root(), lambda module: torch.optim.AdamW(module.parameters(), lr=0.1))
+    single = strategy(loss_scaling=True)
     single.forward_backward([BROKEN], num_trained_tokens=1)
     assert single.step(lr=0.1, max_norm=None).skipped
     before = set(single.state_dict())
     single.forward_backward([ONES], num_trained_tokens=1)
     assert not single.step(lr=0.1, max_norm=None).skipped
     assert before == set(single.state_dict()) and "optim.weight.exp_avg" in before
+
+
+def test_moments_in_host_memory_give_the_same_weights():
+    plain, offloaded = strategy(), strategy(offload=True)
+    offloaded.module.load_state_dict(plain.module.state_dict())
+    offloaded.restore(Saved(plain.state_dict()))
+    for single in (plain, offloaded):
+        for _ in range(3):
+            single.forward_backward([ONES], num_trained_tokens=1)
+            single.step(lr=0.1, max_norm=1.0)
+    assert torch.equal(plain.module.model.weight, offloaded.module.model.weight)
+    restored = strategy(offload=True)
+    restored.restore(Saved(offloaded.state_dict()))
+    for single in (plain, restored):
+        single.forward_backward([ONES], num_trained_tokens=1)
+        single.step(lr=0.1, max_norm=1.0)
+    assert torch.equal(plain.module.model.weight, restored.module.model.weight)
+
+
+def test_the_loss_scale_grows_again():
+    scaler = LossScaler(enabled=True)
+    scaler.update(overflow=True)
+    for _ in range(GROWTH_INTERVAL):
+        scaler.update(overflow=False)
+    assert scaler.scale == 65536
+
+
+def test_dropout_follows_the_batch_and_not_the_process():
+    class Dropping(Root):
+        def forward(self, batch):
+            return self.model(nn.functional.dropout(batch.x, 0.5)).sum()
+
+    single = strategy()
+    single.module = Dropping()
+    first, second = (single.forward_backward([ONES], 1) for _ in range(2))
+    torch.rand(7)
+    assert torch.equal(first, second) and torch.equal(single.forward_backward([ONES], 1), first)

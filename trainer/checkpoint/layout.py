@@ -97,6 +97,12 @@ class RunDir:
         """Name of the best checkpoint's folder; empty where none was noted."""
         return self.best.read_text(encoding="utf-8", errors="replace").strip() if self.best.is_file() else ""
 
+    def best_step(self) -> int | None:
+        """Step of the checkpoint ``best`` points at, if it is there."""
+        match = STEP_NAME.fullmatch(self.best_name())
+        step = int(match[1]) if match else None
+        return step if step in self.steps() else None
+
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint (its manifest is there), oldest first."""
         if not self.checkpoints.is_dir():
@@ -168,14 +174,23 @@ def folder_appears_when_complete(final: Path) -> Iterator[Path]:
         raise
 
 
-def write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    """Writes ``manifest.json``: `record` plus size and blake3 of every other file in `folder`."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake3": hash_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_atomically(folder / MANIFEST, json.dumps({**record, "files": files}, indent=1) + "\n")
+def describe_file(path: Path) -> dict[str, Any]:
+    """A manifest's entry of a file: size and hash."""
+    return {"bytes": path.stat().st_size, "blake3": hash_file(path)}
+
+
+def write_manifest(folder: Path, record: dict[str, Any], files: dict[str, dict[str, Any]] | None = None) -> None:
+    """Writes ``manifest.json``: `record` plus size and blake3 of every other file in `folder`.
+
+    Args:
+        files: entries that are known already, by the file's path in `folder`.
+    """
+    entries = dict(files or {})
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and path.name != MANIFEST and name not in entries:
+            entries[name] = describe_file(path)
+    write_atomically(folder / MANIFEST, json.dumps({**record, "files": entries}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

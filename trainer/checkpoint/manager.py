@@ -1,13 +1,15 @@
-"""CheckpointManager: asynchronous saves that either commit whole or never happened.
+"""CheckpointManager: saves by all processes together, in the background, that commit whole or never happened.
 
-``step_N.unfinished/`` is filled by torch's distributed checkpoint in a thread, hashed, synced and renamed to
-``step_N/``. A kill at any moment leaves the last committed step as it was.
+``step_N.unfinished/`` is filled by torch's distributed checkpoint, each process writing and hashing its own part in a
+thread; rank 0 adds what is derived from it, writes the manifest and renames the folder to ``step_N/``. A kill at any
+moment leaves the last committed step as it was.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,31 +23,36 @@ from torch.distributed.checkpoint import CheckpointException
 
 from trainer.checkpoint.layout import (
     MANIFEST,
-    STEP_NAME,
     UNFINISHED,
     RunDir,
     begin_folder,
     commit_folder,
+    describe_file,
     find_damage,
-    read_manifest,
+    sync,
     write_atomically,
     write_manifest,
 )
+from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
+from trainer.checkpoint.staging import Staging
 from trainer.config import CheckpointConfig
 from trainer.errors import PacktrainError
+from trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
 # One process is what is meant here, and torch says so at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 Tensors = dict[str, torch.Tensor]
+Finish = Callable[[Path, SavedCheckpoint], None]
 
 
 class CheckpointManager:
-    """Saves, retains and restores the checkpoints of one run.
+    """Saves, retains and restores the checkpoints of one run. All processes call the same methods in the same order.
 
     Args:
         identity: what a checkpoint belongs to (base, data); stored in every manifest.
-        save_adapter: writes the adapter in PEFT's format into a folder; None for full fine-tuning.
+        finish: adds to a folder what follows from the tensors just written there (an adapter in PEFT's format); runs
+            on rank 0, in the background, and reads them back from the files: nothing is asked of the GPUs.
     """
 
     def __init__(
@@ -53,47 +60,42 @@ class CheckpointManager:
         run_dir: RunDir,
         config: CheckpointConfig,
         identity: dict[str, Any],
-        save_adapter: Callable[[Path], None] | None,
+        processes: Processes,
+        finish: Finish,
     ) -> None:
-        self.run_dir, self.config, self.identity, self.save_adapter = run_dir, config, identity, save_adapter
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.run_dir, self.config, self.identity = run_dir, config, identity
+        self.processes, self.finish = processes, finish
+        self._staging = Staging()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._remove_unfinished()
+        if processes.is_first:
+            self._remove_unfinished()
 
     def save(self, step: int, state: Tensors, progress: dict[str, Any], is_best: bool = False) -> None:
-        """Copies `state` to the host and commits it in the background.
+        """Copies `state` to host memory and commits it in the background.
 
         Args:
+            state: tensors equal on all processes, and DTensors of which each has its part.
             progress: JSON values a resumed run starts from (schedule, counters).
             is_best: point ``best`` at this checkpoint once it is committed.
 
         Raises:
-            PacktrainError: the previous save failed.
+            PacktrainError: the previous save failed, on whichever process.
         """
         self.wait()
-        if step in self.run_dir.steps():
-            self._after_commit(step, is_best)
+        if self.processes.from_first(step in self.run_dir.steps()):
+            if self.processes.is_first:
+                self._after_commit(step, is_best)
             return
-        final = self.run_dir.step_dir(step)
-        folder = begin_folder(final)
-        if self.save_adapter:
-            self.save_adapter(folder / "adapter")
-        upload = dcp.async_save(state, checkpoint_id=folder / "dcp", no_dist=not dist.is_initialized())
-        assert isinstance(upload, Future)
-
-        def commit() -> None:
-            upload.result()
-            write_manifest(folder, {"step": step, "progress": progress, **self.identity})
-            commit_folder(folder, final)
-            self._after_commit(step, is_best)
-
-        self._pending = self._committer.submit(commit)
+        staged = self._staging.copy(state)
+        record = {"step": step, "progress": progress, "is_best": is_best, **self.identity}
+        self._pending = self._background.submit(self._commit, step, staged, record)
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Returns when no save is under way on any process.
 
         Raises:
-            PacktrainError: the save that was under way failed.
+            PacktrainError: the save that was under way failed, on whichever process.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -101,7 +103,7 @@ class CheckpointManager:
         try:
             pending.result()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
-            raise PacktrainError(f"{self.run_dir.checkpoints}: the checkpoint could not be saved: {error!r}") from error
+            raise PacktrainError(f"{self.run_dir.checkpoints}: the checkpoint could not be saved: {error}") from error
 
     def newest_intact(self) -> int | None:
         """The newest step whose every byte is as written; damaged ones are named in a warning and passed over.
@@ -110,58 +112,105 @@ class CheckpointManager:
             PacktrainError: there are checkpoints and none is intact.
         """
         steps = self.run_dir.steps()
-        for step in reversed(steps):
-            damage = find_damage(self.run_dir.step_dir(step))
-            if damage is None:
-                return step
-            logger.warning("checkpoint of step %d is damaged: %s. Trying the one before", step, damage)
-        if steps:
+        intact = self.processes.from_first(self._find_intact(steps) if self.processes.is_first else None)
+        if steps and intact is None:
             raise PacktrainError(
                 f"{self.run_dir.checkpoints}: none of the {len(steps)} checkpoints is intact\n"
                 "  fix: train anew into another --run-dir"
             )
-        return None
+        return intact
 
-    def load(self, step: int, state: Tensors) -> dict[str, Any]:
-        """Reads the checkpoint of `step` into the tensors of `state`, in place.
-
-        Returns:
-            The `progress` it was saved with.
-
-        Raises:
-            PacktrainError: the checkpoint is of another model.
-        """
-        folder = self.run_dir.step_dir(step)
-        try:
-            dcp.load(state, checkpoint_id=folder / "dcp", no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            raise PacktrainError(f"{folder}: the checkpoint cannot be read into this model: {error}") from error
-        return read_manifest(folder)["progress"]
+    def open(self, step: int) -> SavedCheckpoint:
+        """The checkpoint of `step`, to be read from."""
+        return SavedCheckpoint(self.run_dir.step_dir(step))
 
     def best_step(self) -> int | None:
         """Step of the checkpoint ``best`` points at, if it is there."""
-        match = STEP_NAME.fullmatch(self.run_dir.best_name())
-        step = int(match[1]) if match else None
-        return step if step in self.run_dir.steps() else None
+        return self.processes.from_first(self.run_dir.best_step())
 
     def discard_after(self, step: int) -> None:
         """Deletes checkpoints newer than `step` (the damaged ones a resume passed over)."""
-        for newer in [s for s in self.run_dir.steps() if s > step]:
-            shutil.rmtree(self.run_dir.step_dir(newer))
+        if self.processes.is_first:
+            for newer in [s for s in self.run_dir.steps() if s > step]:
+                shutil.rmtree(self.run_dir.step_dir(newer))
+        self.processes.barrier()
 
     def close(self) -> None:
         """Waits for the last save and ends the thread."""
         try:
             self.wait()
         finally:
-            self._committer.shutdown()
+            self._background.shutdown()
+
+    # ---------------------------------------------------------------------------------- in the background, on all ranks
+
+    def _commit(self, step: int, staged: Tensors, record: dict[str, Any]) -> None:
+        final = self.run_dir.step_dir(step)
+        folder = final.with_name(final.name + UNFINISHED)
+        self._together(lambda: begin_folder(final) if self.processes.is_first else None)
+        group = self.processes.background
+        no_dist = not dist.is_initialized()
+        # Tensors that all processes have alike are written once, spread over them.
+        dcp.save(staged, checkpoint_id=folder / TENSORS, process_group=group, no_dist=no_dist)
+        described = self._together(lambda: self._describe_own(folder))
+        files = {name: entry for entries in described for name, entry in entries.items()}
+        self._together(lambda: self._complete(folder, final, step, record, files) if self.processes.is_first else None)
+
+    def _describe_own(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Hashes and syncs the files that this process wrote, while they are in its page cache."""
+        pattern = f"__{self.processes.rank}_*" if dist.is_initialized() else "__0_*"
+        entries = {}
+        for path in sorted((folder / TENSORS).glob(pattern)):
+            sync(path)
+            entries[str(path.relative_to(folder))] = describe_file(path)
+        return entries
+
+    def _complete(
+        self, folder: Path, final: Path, step: int, record: dict[str, Any], files: dict[str, dict[str, Any]]
+    ) -> None:
+        self.finish(folder, SavedCheckpoint(folder))
+        write_manifest(folder, record, files)
+        commit_folder(folder, final)
+        self._after_commit(step, record["is_best"])
+
+    def _together(self, act: Callable[[], Any]) -> list[Any]:
+        """Everybody's result of `act`, once all have come here.
+
+        Raises:
+            PacktrainError: one failed; on all processes, naming it.
+        """
+        result, failure = None, None
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+        if self.processes.background is None:
+            if failure:
+                raise failure
+            return [result]
+        told = f"rank {self.processes.rank} on {socket.gethostname()}: {failure}" if failure else None
+        everybody: list[Any] = [None] * self.processes.world_size
+        dist.all_gather_object(everybody, (result, told), group=self.processes.background)
+        if failures := [told for _, told in everybody if told]:
+            raise PacktrainError("; ".join(failures)) from failure
+        return [result for result, _ in everybody]
+
+    # ---------------------------------------------------------------------------------------------------- rank 0 alone
+
+    def _find_intact(self, steps: list[int]) -> int | None:
+        for step in reversed(steps):
+            damage = find_damage(self.run_dir.step_dir(step))
+            if damage is None:
+                return step
+            logger.warning("checkpoint of step %d is damaged: %s. Trying the one before", step, damage)
+        return None
 
     def _after_commit(self, step: int, is_best: bool) -> None:
         if is_best:
             write_atomically(self.run_dir.best, self.run_dir.step_dir(step).name + "\n")
         newest = self.run_dir.steps()[-self.config.keep :]
         for old in self.run_dir.steps():
-            if old not in newest and old != self.best_step():
+            if old not in newest and old != self.run_dir.best_step():
                 shutil.rmtree(self.run_dir.step_dir(old))
 
     def _remove_unfinished(self) -> None:
@@ -171,3 +220,12 @@ class CheckpointManager:
             if not (folder / MANIFEST).exists():
                 logger.warning("%s is missing: this checkpoint is of no use, and removed", folder / MANIFEST)
                 shutil.rmtree(folder)
+        self._catch_up_best()
+
+    def _catch_up_best(self) -> None:
+        """A kill between a checkpoint's commit and the note that it is the best one leaves an older note."""
+        for step in reversed(self.run_dir.steps()):
+            if SavedCheckpoint(self.run_dir.step_dir(step)).manifest.get("is_best"):
+                if step > (self.run_dir.best_step() or 0):
+                    self._after_commit(step, is_best=True)
+                return

@@ -53,6 +53,8 @@ def find_result(folder: Path) -> Result:
         run_dir = enclosing_run(folder)
         config = load_recipe(run_dir.recipe) if run_dir else None
         return Result("adapter", folder, config, run_dir, _recorded_base(run_dir))
+    if (folder / "adapter" / ADAPTER_CONFIG).exists():  # a checkpoint
+        return find_result(folder / "adapter")
     if (folder / "config.json").exists():
         return Result("model", folder, _recipe_of_model(folder), enclosing_run(folder))
     raise UserError(

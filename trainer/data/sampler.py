@@ -11,6 +11,7 @@ import numpy as np
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 
 Pack = list[tuple[list[int], list[int]]]
+NOTHING = ([0] * 8, [IGNORE_INDEX] * 8)
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -49,12 +50,13 @@ class GlobalBatchSampler:
     def __init__(self, num_packs: int, packs_per_step: int, epochs: float, seed: int) -> None:
         self.num_packs = num_packs
         self.packs_per_step = packs_per_step
+        self.seed = seed
         self.num_samples = max(1, round(epochs * num_packs))
         self.num_steps = math.ceil(self.num_samples / packs_per_step)
         self._order = lru_cache(maxsize=2)(lambda epoch: sample_order(num_packs, seed, epoch))
 
-    def batch(self, step: int) -> list[int]:
-        """Pack indices of `step`, counted from 0.
+    def samples(self, step: int) -> range:
+        """Global sample indices of `step`, counted from 0.
 
         Raises:
             IndexError: there is no such step.
@@ -62,15 +64,44 @@ class GlobalBatchSampler:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
         first = step * self.packs_per_step
-        last = min(first + self.packs_per_step, self.num_samples)
-        return [int(self._order(i // self.num_packs)[i % self.num_packs]) for i in range(first, last)]
+        return range(first, min(first + self.packs_per_step, self.num_samples))
+
+    def pack(self, sample: int) -> int:
+        """Index of the pack that is the run's sample `sample`."""
+        return int(self._order(sample // self.num_packs)[sample % self.num_packs])
+
+    def batch(self, step: int) -> list[int]:
+        """Pack indices of `step`, counted from 0."""
+        return [self.pack(sample) for sample in self.samples(step)]
+
+    def noise_seed(self, sample: int) -> int:
+        """Seed of the dropout in the micro-batch that begins with `sample`, whichever process computes it."""
+        return _mix_number((_mix_number(self.seed & _MASK) + sample) & _MASK) >> 1
 
 
-def collate(packs: Sequence[Pack]) -> PackedBatch:
-    """Lays the documents of `packs` end to end; tensors on the CPU, pinned where there is a GPU to copy them to."""
+def deal(samples: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
+    """This process's micro-batches of a global batch: every `world_size`-th sample, `micro_batch` at a time.
+
+    Returns:
+        Lists of samples, as many on every process; where the samples do not suffice some are short or empty (see
+        `collate`).
+    """
+    rounds = -(-len(samples) // world_size)
+    own = list(samples[rank::world_size])
+    return [own[start : start + micro_batch] for start in range(0, rounds, micro_batch)]
+
+
+def collate(packs: Sequence[Pack], seed: int = 0) -> PackedBatch:
+    """Lays the documents of `packs` end to end; tensors on the CPU, pinned where there is a GPU to copy them to.
+
+    No packs make a few tokens of which none is trained: a process that has no sample left computes along.
+
+    Args:
+        seed: of the random numbers drawn while computing the batch.
+    """
     import torch
 
-    documents = [document for pack in packs for document in pack]
+    documents = [document for pack in packs for document in pack] or [NOTHING]
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     input_ids = np.fromiter((token for ids, _ in documents for token in ids), np.int64, count=cu_seqlens[-1])
@@ -90,4 +121,5 @@ def collate(packs: Sequence[Pack]) -> PackedBatch:
         cu_seqlens=tensor(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
         trained_positions=tensor(trained_positions),
+        seed=seed,
     )

@@ -71,6 +71,7 @@ class PackedBatch:
         max_seqlen: length of the longest document.
         trained_positions: ``[trained]`` int64, positions t whose hidden state predicts a trained token t + 1.
             Computed on the host, so that selecting them costs no device synchronisation.
+        seed: of the random numbers (dropout) drawn while computing it.
     """
 
     input_ids: torch.Tensor
@@ -79,6 +80,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     trained_positions: torch.Tensor
+    seed: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +101,7 @@ class PackedBatch:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
             max_seqlen=self.max_seqlen,
             trained_positions=self.trained_positions.to(device, non_blocking=True),
+            seed=self.seed,
         )
 
 

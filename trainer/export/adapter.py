@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trainer.errors import UserError
-from trainer.model.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
+from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
 
 PREFIX = "base_model.model."
 # Each of these makes the adapter more than W + scale * B @ A (with DoRA's magnitude), or changes its layout.

@@ -28,8 +28,9 @@ from trainer.export.base import EMBEDDING, HEAD, BaseTensors, check_unchanged
 from trainer.export.card import write_card
 from trainer.export.serving import write_serving_files
 from trainer.generate import default_device
-from trainer.model.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_tokenizer
+from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainer.model.nf4 import Fingerprint, Format, dequantize_weight, quantize_weight
+from trainer.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 BaseKind = Literal["dequantized", "original"]

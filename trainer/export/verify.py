@@ -35,7 +35,7 @@ from trainer.export.merge import tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
 from trainer.generate import default_device
-from trainer.model.load import ADAPTER_WEIGHTS
+from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, Format, dynamic_map, quantize_weight
 
 logger = logging.getLogger(__name__)

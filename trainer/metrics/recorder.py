@@ -34,9 +34,9 @@ class Recorder:
         self.log.write({"kind": "sample", "step": step, "prompt": prompt, "answer": answer})
         self.trackers.log_text(f"sample: {prompt[:60]}", answer, step)
 
-    def event(self, step: int, event: str, text: str) -> None:
-        """Something that happened once: start, resume, a skipped step, a checkpoint."""
-        self.log.write({"kind": "event", "step": step, "event": event, "text": text})
+    def event(self, step: int, event: str, text: str, **values: float) -> None:
+        """Something that happened once: start, resume, a skipped step, a checkpoint; with its numbers."""
+        self.log.write({"kind": "event", "step": step, "event": event, "text": text, **values})
         self.progress.note(text)
 
     def close(self) -> None:
@@ -44,3 +44,25 @@ class Recorder:
         self.progress.close()
         self.trackers.close()
         self.log.close()
+
+
+class Silence(Recorder):
+    """Of every rank but the first, which speaks for all."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, record: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        pass
+
+    def event(self, step: int, event: str, text: str, **values: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -18,6 +18,8 @@ from trainer.config import AdapterConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.model.nf4 import Format, NF4Linear, dequantize_weight
 
+ADAPTER = "default"  # PEFT's name of the only adapter
+
 
 class LoraMatMul(torch.autograd.Function):
     """``x @ W.T + bias + scaling * x @ A.T @ B.T`` for a frozen W that is 16 bit or 4 bit.
@@ -74,7 +76,27 @@ def _dense(format: Format | None, base: tuple[torch.Tensor, ...] | list[torch.Te
 
 
 class FusedLora(PeftLoraLinear):
-    """PEFT's LoRA layer with a fused forward; PEFT's own for dropout, DoRA, several or disabled adapters."""
+    """PEFT's LoRA layer with a fused forward; PEFT's own for dropout, DoRA, several or disabled adapters.
+
+    Attributes:
+        drawn: first value of A on the CPU, until `attach_adapter` takes it. PEFT takes an adapter's storage away where
+            the base has none.
+    """
+
+    drawn: torch.Tensor | None = None
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """Draws A as PEFT does, with the CPU's generator, and sets B to zero."""
+        super().reset_lora_parameters(adapter_name, init_lora_weights)
+        matrix: Any = self.lora_A[adapter_name]
+        self.drawn = matrix.weight.detach()
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        matrix: Any = self.lora_A[adapter_name]
+        if self.drawn is not None:
+            self.drawn = self.drawn.to(matrix.weight.dtype)  # PEFT rounds to a 16-bit base's
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., in] -> [..., out]``; in the input's dtype, or in the matmuls' under autocast."""
@@ -191,8 +213,14 @@ def _short_names(causal_lm: PreTrainedModel) -> set[str]:
     return {name.rpartition(".")[2] for name in decoder_linears(causal_lm)}
 
 
-def attach_adapter(causal_lm: PreTrainedModel, adapter: AdapterConfig, seed: int) -> PeftModel:
-    """Wraps a loaded model in a PeftModel with fresh adapter weights, the same for a seed on any device.
+def attach_adapter(
+    causal_lm: PreTrainedModel, adapter: AdapterConfig, seed: int
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """Wraps a model without storage in a PeftModel, and draws the adapter: the same for a seed on any device.
+
+    Returns:
+        The PeftModel, and the first values of its low-rank matrices by parameter name, whole, on the CPU. What else is
+        trained (DoRA's magnitudes, modules to save) follows from the base's weights.
 
     Raises:
         UserError: see `lora_config`.
@@ -201,4 +229,20 @@ def attach_adapter(causal_lm: PreTrainedModel, adapter: AdapterConfig, seed: int
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
         torch.manual_seed(seed)
         model = get_peft_model(causal_lm, config)
-    return model
+    first_values: dict[str, torch.Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FusedLora):
+            assert layer.drawn is not None
+            matrix_b: Any = layer.lora_B[ADAPTER]
+            first_values[f"{name}.lora_A.{ADAPTER}.weight"] = layer.drawn
+            first_values[f"{name}.lora_B.{ADAPTER}.weight"] = torch.zeros(()).expand(matrix_b.weight.shape)  # no memory
+            layer.drawn = None
+    return model, first_values
+
+
+@torch.no_grad()
+def dora_magnitudes(layer: FusedLora, weight: torch.Tensor) -> torch.Tensor:
+    """First magnitudes ``[out]`` of a DoRA layer on a base of `weight` ``[out, in]``: its rows' norms, by PEFT."""
+    magnitudes: Any = layer.lora_magnitude_vector[ADAPTER]
+    nothing = weight.new_zeros(())  # B @ A of a fresh adapter
+    return magnitudes.get_weight_norm(weight, nothing, 0.0)

@@ -2,7 +2,8 @@
 
 bitsandbytes keeps half of a 4-bit weight in Python attributes of a tensor subclass, which FSDP2, ZeRO and DCP neither
 shard nor save. Here a weight is two ordinary uint8 parameters, so every engine can shard, gather, save and restore it,
-and no cast of floating tensors can touch its bytes.
+and no cast of floating tensors can touch its bytes. An engine that takes floats alone may hold them as another dtype's
+bit view: everything that reads them views them as bytes again.
 
 bitsandbytes' own kernels round differently on CUDA (approximate reciprocals), on the CPU and from one processor to
 another, so a base quantised by them on a GPU is not the one that a CPU makes. Quantisation is therefore spelled out in
@@ -20,8 +21,10 @@ from typing import Any, Literal
 
 import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 import torch
+import torch.distributed as dist
 from bitsandbytes.functional import get_4bit_type
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from trainer.config import QuantizationConfig
@@ -30,6 +33,7 @@ from trainer.errors import UserError
 BLOCK_SIZE = 64  # weights that share one scale
 SCALES_PER_GROUP = 256  # scales that share one second-level scale
 CHUNK = 2**22  # weights quantised at a time: some 20 bytes are held for each
+BYTES_AT_A_TIME = 2**30  # counted for a fingerprint, which needs no memory
 SMALLEST_ABSMAX = 2.0**-126  # that is divided by, float32's smallest normal number: zeros become codes of zero
 
 
@@ -155,7 +159,8 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def dequantize_weight(packed: torch.Tensor, scales: torch.Tensor, format: Format, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix ``[out, in]`` in `dtype` that `quantize_weight` stored as ``packed, scales``."""
+    """The matrix ``[out, in]`` in `dtype` of what `quantize_weight` stored, given as bytes or bit views of them."""
+    packed, scales = packed.view(torch.uint8), scales.view(torch.uint8)
     shape = [packed.shape[0], packed.shape[1] * 2]
     block_scales = _block_scales(scales, packed.numel() * 2, format)
     # Blocks run on from row to row, but bitsandbytes 0.50's CPU kernel starts a new one at each: give it a single row.
@@ -215,7 +220,7 @@ class NF4Linear(nn.Module):
         device: where the (empty) parameters are made.
 
     Attributes:
-        packed, scales: see `quantize_weight`.
+        packed, scales: see `quantize_weight`; an engine may put bit views in another dtype in their place.
         bias: ``[out]`` or None, frozen.
     """
 
@@ -246,8 +251,8 @@ class NF4Linear(nn.Module):
     def set_weight(self, weight: torch.Tensor) -> None:
         """Quantises ``[out, in]`` `weight` where it lies and copies it into this layer's parameters."""
         packed, scales = quantize_weight(weight, self.format)
-        self.packed.data.copy_(packed)
-        self.scales.data.copy_(scales)
+        self.packed.data.view(torch.uint8).copy_(packed)
+        self.scales.data.view(torch.uint8).copy_(scales)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[out, in]`` in `dtype`."""
@@ -263,18 +268,21 @@ class NF4Linear(nn.Module):
             return MatMul4bit.apply(x.to(dtype), self.packed, self.scales, bias, self.format).to(out_dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
+        stored = (self.packed, self.scales)
+
         def keep_bytes(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)  # `.to` and `.half()` leave integers alone, `.type()` does not
-            return tensor.to(moved.device) if tensor.dtype == torch.uint8 != moved.dtype else moved
+            moved = fn(tensor)  # `.to` and `.half()` leave integers alone; `.type()` does not, nor do they bit views
+            is_cast = moved.dtype != tensor.dtype and any(tensor is parameter for parameter in stored)
+            return tensor.to(moved.device) if is_cast else moved
 
         return super()._apply(keep_bytes, recurse)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         error_msgs = args[-1]
         for name in ("packed", "scales"):
-            given = state_dict.get(prefix + name)
-            if given is not None and given.dtype != torch.uint8:
-                error_msgs.append(f"{prefix}{name} is {given.dtype}; 4-bit bytes are uint8 and a cast destroys them")
+            given, own = state_dict.get(prefix + name), self.get_parameter(name).dtype
+            if given is not None and given.dtype != own:
+                error_msgs.append(f"{prefix}{name} is {given.dtype}; 4-bit bytes are {own} and a cast destroys them")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -297,16 +305,26 @@ def _bytes_parameter(data: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, group: dist.ProcessGroup | None = None) -> str:
     """Fingerprint of every 4-bit byte of `model`; the same wherever and however they lie.
 
     Loss does not notice corrupted scales (it stays equal to four digits), this does.
+
+    Args:
+        group: the processes among which the bytes are cut (DTensors), each holding its own; None where they are whole.
     """
     sums = Fingerprint()
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            sums.add(module.packed.detach(), module.scales.detach())
+            sums.add(_local(module.packed), _local(module.scales))
+    if group is not None:
+        sums.all_reduce(group)
     return sums.text()
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    data = parameter.detach()
+    return data.to_local() if isinstance(data, DTensor) else data
 
 
 class Fingerprint:
@@ -317,18 +335,26 @@ class Fingerprint:
         self.count = 0
 
     def add(self, *tensors: torch.Tensor) -> None:
-        """Takes uint8 tensors in."""
+        """Takes contiguous tensors in, byte by byte."""
         for data in tensors:
-            self.total += _byte_sums(data).cpu()
-            self.count += data.numel()
+            self.total += _byte_sums(data)
+            self.count += data.numel() * data.element_size()
+
+    def all_reduce(self, group: dist.ProcessGroup) -> None:
+        """Adds up with what the other processes of `group` took in; on the CPU."""
+        sums = torch.tensor([*self.total.tolist(), self.count], dtype=torch.int64)
+        dist.all_reduce(sums, group=group)
+        self.total, self.count = sums[:2], int(sums[2])
 
     def text(self) -> str:
         return hashlib.blake2b(f"{self.count} {self.total.tolist()}".encode(), digest_size=16).hexdigest()
 
 
 def _byte_sums(data: torch.Tensor) -> torch.Tensor:
-    sums = torch.zeros(2, dtype=torch.int64, device=data.device)
-    for chunk in data.view(-1).split(CHUNK):
-        wide = chunk.to(torch.int32)
-        sums += torch.stack([wide.sum(dtype=torch.int64), wide.square().sum(dtype=torch.int64)])
-    return sums
+    """By how often each byte occurs: one pass, and no wider copy of the data."""
+    data = data.view(-1).view(torch.uint8)
+    counts = torch.zeros(256, dtype=torch.int64)
+    for chunk in data.split(BYTES_AT_A_TIME):
+        counts += torch.bincount(chunk, minlength=256).cpu()
+    values = torch.arange(256)
+    return torch.stack([counts @ values, counts @ values.square()])

@@ -1,23 +1,20 @@
-"""Where a base model's tensors come from: safetensors of a folder or the hub, or a seed. One tensor at a time."""
+"""What a base model is: its config, its files in a folder or the hub's cache, or a shape and a seed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.shapes import SHAPES, published_shape
 
-CPU = torch.device("cpu")
 MODEL_TYPES = ("llama", "mistral")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,25 +105,6 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) 
 # -------------------------------------------------------------------------------------------------------------- tensors
 
 
-def iter_base_tensors(
-    model: ModelConfig, seed: int = 0, device: torch.device = CPU
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Streams the base's tensors by transformers' names, in the files' order; tied ones once.
-
-    Args:
-        seed: of ``init: random``; `RunConfig.train.seed`. The same numbers on any device.
-        device: where tensors are made. On the CPU they may be views of a mapped file: copy what you keep.
-
-    Raises:
-        UserError: a file is missing, truncated or no safetensors.
-    """
-    if model.init == "random":
-        yield from _random_tensors(load_base_config(model), getattr(torch, model.dtype), seed, device)
-        return
-    for file, names in weight_files(resolve_folder(model)).items():
-        yield from _read_file(file, names, device)
-
-
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The safetensors files of `folder` and the tensors the index says each holds (None: no index).
 
@@ -163,47 +141,37 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     raise UserError(str(folder), "no weights", f"{SINGLE} or {INDEX}", "init: random makes random ones")
 
 
-def _read_file(file: Path, names: list[str] | None, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            stored = list(tensors.keys())
-            if missing := sorted(set(names or []) - set(stored)):
-                raise UserError(
-                    str(file), f"tensor {missing[0]} is missing", "what the index says", "download it again"
-                )
-            wanted = None if names is None else set(names)
-            for name in tensors.offset_keys():
-                if (wanted is None or name in wanted) and not name.endswith(STALE_SUFFIX):
-                    yield name, tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            str(file), f"truncated or no safetensors file: {error}", "a whole file", "download or copy it again"
-        ) from error
-
-
 def base_content_hash(model: ModelConfig, seed: int) -> str:
-    """blake3 of everything `iter_base_tensors` reads, in hex: the files' bytes, or shape and seed of a random base."""
-    digest = blake3(max_threads=blake3.AUTO)
+    """blake3 of the whole base, in hex: its files' names and bytes, or shape and seed of a random one."""
     if model.init == "random":
+        digest = blake3()
         config = load_base_config(model).to_diff_dict()
         config.pop("transformers_version", None)
         digest.update(json.dumps([config, model.dtype, seed], sort_keys=True, default=str).encode())
         return "random-" + digest.hexdigest()
+    files = FileHash()
     for file in weight_files(resolve_folder(model)):
-        digest.update(file.name.encode())
-        digest.update_mmap(file)
-    return digest.hexdigest()
+        files.add(file)
+    return files.text()
+
+
+class FileHash:
+    """blake3 of the names and bytes of files, one after the other."""
+
+    def __init__(self) -> None:
+        self._digest = blake3(max_threads=blake3.AUTO)
+
+    def add(self, file: Path) -> None:
+        """Reads the whole of `file`, with all processors."""
+        self._digest.update(file.name.encode())
+        self._digest.update_mmap(file)
+
+    def text(self) -> str:
+        """The digest in hex."""
+        return self._digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------- random
-
-
-def _random_tensors(
-    config: PretrainedConfig, dtype: torch.dtype, seed: int, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    shapes = {name: p.shape for name, p in build_on_meta(config, dtype, "eager").named_parameters()}
-    for name, shape in shapes.items():
-        yield name, random_parameter(config, name, shape, seed, dtype, device)
 
 
 def random_parameter(

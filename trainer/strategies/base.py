@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainer.data.types import PackedBatch
+from trainer.processes import Processes
 
 StateDict = dict[str, torch.Tensor]
+
+
+class Checkpoint(Protocol):
+    """A committed checkpoint, to be read from."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Keys that were saved: ``model.<name>``, ``optim.<name>.<moment>`` ..."""
+        ...
+
+    def load(self, state: StateDict) -> None:
+        """Fills tensors and DTensors of `state` in place, each process its own part; on all processes together."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, whole, on the CPU; by this process alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,33 +50,60 @@ class StepResult:
     is_failure: bool = False
 
 
+BuildOptimizer = Callable[..., torch.optim.Optimizer]  # (named tensors, min_8bit_size), as `optim.build_optimizer`
+# Of the 4-bit bytes of a module, added up over a process group where they are cut; None where a base has none.
+Fingerprint = Callable[[nn.Module, dist.ProcessGroup | None], str] | None
+
+
 class Strategy(ABC):
     """Owns module, optimizer and whatever spreads them over processes.
 
     The seam stands around backward, accumulation and the optimizer's step together, because DeepSpeed's engine owns
     all three. The loop never asks which strategy it has.
 
+    A module comes without storage (on the meta device), so that no process ever holds more of it than its share and
+    one layer: `shard` lays the module out, `place` is given every tensor whole and keeps this process's part, and
+    `prepare` makes it ready to train.
+
     Attributes:
         module: root module; ``module(batch)`` returns the summed loss of a `PackedBatch`.
         device: where batches are wanted.
-        rank: this process, from 0.
-        world_size: number of processes.
+        processes: this process among the others.
     """
 
     module: nn.Module
     device: torch.device
-    rank: int
-    world_size: int
+    processes: Processes
 
     @abstractmethod
-    def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        """Takes the module over (wraps, shards) and builds its optimizer."""
+    def shard(self, module: nn.Module) -> None:
+        """Takes over the root module, whose parameters are on the meta device, dtype and `requires_grad` final."""
+
+    @abstractmethod
+    def place(self, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
+        """Gives parameter `leaf` of module `owner` its value; called once for each, on every process in one order.
+
+        Args:
+            whole: the full tensor, equal on every process; on `device` or the CPU, cast to the parameter's dtype here.
+        """
+
+    @abstractmethod
+    def prepare(self, build_optimizer: BuildOptimizer) -> None:
+        """Wraps what has to be wrapped and builds the optimizer; every parameter has been placed.
+
+        Args:
+            build_optimizer: makes the recipe's optimizer of named tensors to step on (shards, where there are).
+        """
 
     @abstractmethod
     def forward_backward(self, micro_batches: Sequence[PackedBatch], num_trained_tokens: int) -> torch.Tensor:
-        """Accumulates the gradient of ``sum of losses / num_trained_tokens`` over this process's micro-batches.
+        """Accumulates the gradient of ``sum of losses / num_trained_tokens`` over all processes' micro-batches.
+
+        Before each micro-batch torch's generators are seeded with its `PackedBatch.seed`, so that dropout is a
+        function of the sample and not of the process that computes it.
 
         Args:
+            micro_batches: this process's; as many on every process.
             num_trained_tokens: of the whole global batch, over all processes and micro-batches.
 
         Returns:
@@ -79,9 +127,17 @@ class Strategy(ABC):
         """What training changes, flat: ``model.<name>`` and ``optim.<name>.<moment>``; live tensors or DTensors."""
 
     @abstractmethod
-    def load_state_dict(self, state: StateDict) -> None:
-        """Puts back what `state_dict` gave; the moments are allocated."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts back weights and moments of a checkpoint, whatever number of processes and kind of strategy wrote it.
+
+        Raises:
+            PacktrainError: it holds other weights, or moments that cannot become this strategy's.
+        """
 
     @abstractmethod
-    def full_state_dict(self) -> StateDict:
-        """Trained weights by name, whole; empty on ranks other than 0."""
+    def fingerprint(self) -> str | None:
+        """`trainer.model.nf4.fingerprint` of the 4-bit bytes as they lie now, over all processes; None without."""
+
+    @abstractmethod
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, modules below the root may be called without it (generation), on all processes alike."""

@@ -1,98 +1,165 @@
-"""One process, one device: plain autograd. The reference the other strategies are compared with."""
+"""One process, one device: plain autograd. The others build on it and are compared with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from trainer.data.types import PackedBatch
-from trainer.optim import init_optimizer_state, load_optimizer_state, optimizer_state
-from trainer.strategies.base import StateDict, StepResult, Strategy
-
-# Below this scale an overflow is the model's, not the scaler's.
-MIN_LOSS_SCALE = 1.0
+from trainer.processes import Processes
+from trainer.storage import allocate, put
+from trainer.strategies.base import BuildOptimizer, Checkpoint, Fingerprint, StateDict, StepResult, Strategy
+from trainer.strategies.moments import Moments, min_8bit_size
+from trainer.strategies.scaler import LossScaler
 
 
 class SingleProcess(Strategy):
-    """Trains on `device` alone.
+    """Trains on this process's device alone.
 
     Args:
-        device: where the module lives.
         loss_scaling: scale the loss dynamically; float16 needs it.
+        offload: keep masters and moments in host memory and step there.
+        fingerprint: of the 4-bit bytes of a module.
     """
 
-    rank, world_size = 0, 1
+    num_shards, shard_index = 1, 0
 
-    def __init__(self, device: torch.device, loss_scaling: bool) -> None:
-        self.device = device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
+    def __init__(
+        self, processes: Processes, loss_scaling: bool = False, offload: bool = False, fingerprint: Fingerprint = None
+    ) -> None:
+        self.processes, self.device, self.offload = processes, processes.device, offload
+        self.scaler = LossScaler(loss_scaling)
+        self._fingerprint = fingerprint
 
-    def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def shard(self, module: nn.Module) -> None:
         self.module = module
-        self.optimizer = build_optimizer(module)
+        allocate(module, self.device)
+
+    def place(self, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
+        put(owner.get_parameter(leaf), whole)
+
+    def prepare(self, build_optimizer: BuildOptimizer) -> None:
+        self._trained = dict(self._named_trained())
+        locals_ = {name: self._local(parameter) for name, parameter in self._trained.items()}
+        self._local_weights = {name: local for name, local in locals_.items() if local.numel()}
+        self._masters = {name: self._master(local) for name, local in self._local_weights.items()}
+        shapes = {name: parameter.shape for name, parameter in self._trained.items()}
+        self.optimizer = build_optimizer(self._masters.items(), min_8bit_size(shapes, self.num_shards))
+        self.moments = Moments(self.optimizer, self._masters, self)
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], num_trained_tokens: int) -> torch.Tensor:
         loss_sum = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            loss = self.module(batch.to(self.device))
-            self.scaler.scale(loss / max(1, num_trained_tokens)).backward()
+        # Engines average over processes; here every token counts the same.
+        factor = self.scaler.scale * self.processes.world_size / max(1, num_trained_tokens)
+        for index, batch in enumerate(micro_batches):
+            with self._micro_batch(is_last=index == len(micro_batches) - 1):
+                torch.manual_seed(batch.seed)
+                loss = self._forward(batch.to(self.device))
+                (loss * factor).backward()
             loss_sum += loss.detach()
-        return loss_sum
+        return self._sum(loss_sum)
 
     def step(self, lr: float, max_norm: float | None) -> StepResult:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._trained(), max_norm or math.inf).item()
-        skipped = not math.isfinite(norm)
-        at_minimum = not self.scaler.is_enabled() or self.scaler.get_scale() <= MIN_LOSS_SCALE
+        grads = self._gradients()
+        norm = math.sqrt(self._square_sum(list(grads.values())).item()) / self.scaler.scale
+        skipped, at_minimum = not math.isfinite(norm), self.scaler.at_minimum
         if not skipped:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._update_scale()
+            clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+            self._update(grads, lr, clip / self.scaler.scale)
+        self.discard_gradients()
+        self.scaler.update(overflow=skipped)
         return StepResult(norm, skipped, is_failure=skipped and at_minimum)
 
     def discard_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for tensor in (*self._trained.values(), *self._masters.values()):
+            tensor.grad = None
 
     def allocate_optimizer(self) -> None:
-        init_optimizer_state(self.optimizer)
+        self.moments.allocate()
 
     def state_dict(self) -> StateDict:
-        self.allocate_optimizer()  # there are none yet when every step so far was skipped, and a resume asks for them
-        state = {f"model.{name}": parameter.detach() for name, parameter in self._named_trained()}
-        state |= optimizer_state(self.optimizer, self._named_trained())
-        if self.scaler.is_enabled():
-            scaler = self.scaler.state_dict()
-            state["scaler.scale"] = torch.tensor(scaler["scale"])
-            state["scaler.growth_tracker"] = torch.tensor(scaler["_growth_tracker"])
+        state = {f"model.{name}": parameter.detach() for name, parameter in self._trained.items()}
+        state |= self.moments.state_dict()
+        if self.scaler.enabled:
+            state["scaler.scale"] = torch.tensor(self.scaler.scale)
+            state["scaler.good_steps"] = torch.tensor(self.scaler.good_steps)
         return state
 
-    def load_state_dict(self, state: StateDict) -> None:
-        with torch.no_grad():
-            for name, parameter in self._named_trained():
-                parameter.copy_(state[f"model.{name}"])
-        load_optimizer_state(self.optimizer, self._named_trained(), state)
-        if self.scaler.is_enabled():
-            scaler = self.scaler.state_dict()
-            scaler |= {"scale": state["scaler.scale"].item(), "_growth_tracker": int(state["scaler.growth_tracker"])}
-            self.scaler.load_state_dict(scaler)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.load({f"model.{name}": parameter.detach() for name, parameter in self._trained.items()})
+        for name, local in self._local_weights.items():
+            put(self._masters[name], local)
+        self.moments.restore(checkpoint)
+        if self.scaler.enabled and "scaler.scale" in checkpoint.names:
+            self.scaler.scale = checkpoint.read("scaler.scale").item()
+            self.scaler.good_steps = int(checkpoint.read("scaler.good_steps").item())
 
-    def full_state_dict(self) -> StateDict:
-        return {name: parameter.detach() for name, parameter in self._named_trained()}
+    def fingerprint(self) -> str | None:
+        return self._fingerprint(self.module, None) if self._fingerprint else None
 
-    def _update_scale(self) -> None:
-        if not self.scaler.is_enabled():
-            return
-        self.scaler.update()
-        if self.scaler.get_scale() < MIN_LOSS_SCALE:
-            self.scaler.update(MIN_LOSS_SCALE)
+    def whole_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self._named_trained()]
+    # ------------------------------------------------------------------------------ where a checkpoint's rows lie
+
+    def shape(self, name: str) -> torch.Size:
+        """Whole shape of a trained parameter."""
+        return self._trained[name].shape
+
+    def wrap(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """A tensor laid out as this process's part of parameter `name`, as a checkpoint saves it."""
+        return local
+
+    # ------------------------------------------------------------------------------ what other strategies change
+
+    def _forward(self, batch: PackedBatch) -> torch.Tensor:
+        return self.module(batch)
+
+    def _micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _sum(self, loss_sum: torch.Tensor) -> torch.Tensor:
+        return loss_sum
+
+    def _local(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter
+
+    def _square_sum(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        """Sum of squares over the whole gradient, float32."""
+        if not grads:
+            return torch.zeros((), device=self.device)
+        return torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square_().sum()
+
+    # -------------------------------------------------------------------------------------------------------------
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """This process's part of the gradient, by parameter."""
+        grads = {name: self._trained[name].grad for name in self._masters}
+        return {name: self._local(grad) for name, grad in grads.items() if grad is not None}
+
+    def _update(self, grads: dict[str, torch.Tensor], lr: float, factor: float) -> None:
+        if factor != 1.0:
+            torch._foreach_mul_(list(grads.values()), factor)
+        for name, grad in grads.items():
+            self._masters[name].grad = grad.to(self._masters[name].device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.offload:
+            for name, local in self._local_weights.items():
+                put(local, self._masters[name])
+
+    def _master(self, local: torch.Tensor) -> torch.Tensor:
+        """What the optimizer steps on: the weights themselves, or their copy in host memory."""
+        if not self.offload:
+            return local if type(local) is nn.Parameter else nn.Parameter(local)
+        copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        put(copy, local)
+        return nn.Parameter(copy)
 
     def _named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters by the causal LM's own names (without the root module's prefix), tied ones once."""

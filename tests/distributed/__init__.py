@@ -1,0 +1,1 @@
+"""Tests on several real processes, joined over gloo."""

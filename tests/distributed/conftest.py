@@ -1,0 +1,33 @@
+"""The pool of processes, and the order of tests that starts each of its groups once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed.pool import Pools
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pools]:
+    """``pool(n)``: n processes in one group, the same ones for every test; see `pool.Pool.run`."""
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts this folder's tests by their parameter `world_size`; those without come last."""
+    places = [index for index, item in enumerate(items) if HERE in item.path.parents]
+    ordered = sorted((items[index] for index in places), key=_world_size)
+    for index, item in zip(places, ordered, strict=True):
+        items[index] = item
+
+
+def _world_size(item: pytest.Item) -> int:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("world_size", 99) if callspec else 99

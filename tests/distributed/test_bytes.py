@@ -1,0 +1,197 @@
+"""The 4-bit bytes that a matmul sees are the ones that were placed, whatever a strategy did with them in between."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+
+from distributed.pool import Pools
+from distributed.runs import build, make_packs
+from trainer.checkpoint.layout import RunDir
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.config import RunConfig
+from trainer.data.sampler import collate
+from trainer.model.nf4 import Fingerprint, NF4Linear, dequantize_weight
+from trainer.processes import Processes
+from trainer.strategies.base import Strategy
+
+PATTERNS = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)  # every two bytes there are
+
+
+class Dequantized(TorchDispatchMode):
+    """Notes what bitsandbytes' kernel is given and returns while this is on: bytes, block scales and weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.bitsandbytes.dequantize_4bit.default:
+            self.calls.append(digest(args[0], args[1], result))
+        return result
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """Of the tensors' bytes as they lie in memory."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        # A copy: storage that numpy has seen cannot be freed, as FSDP2 does with what it gathered.
+        hasher.update(tensor.detach().clone().view(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+class Placed:
+    """Gives every 4-bit layer bytes out of an endless row of all patterns, and knows what they have to look like.
+
+    Args:
+        scales: with ``"patterns"`` their bytes run through all patterns too, NaN and Inf among them.
+
+    Attributes:
+        calls: what dequantising exactly these bytes gives, by layer.
+        pairs: patterns that were placed, in bytes and in scales.
+    """
+
+    def __init__(self, scales: str) -> None:
+        self.scales, self.pristine, self.fingerprint = scales, Dequantized(), Fingerprint()
+        self.placed: dict[int, dict[str, torch.Tensor]] = {}
+        self.pairs: dict[str, set[int]] = {"packed": set(), "scales": set()}
+        self._next = {"packed": 0, "scales": 0}
+
+    def __call__(self, strategy: Strategy, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
+        if isinstance(owner, NF4Linear) and leaf in self._next:
+            if leaf == "packed" or self.scales == "patterns":
+                whole = self._cut(leaf, whole)
+            self._note(owner, leaf, whole)
+        strategy.place(owner, leaf, whole)
+
+    def _cut(self, leaf: str, whole: torch.Tensor) -> torch.Tensor:
+        indices = torch.arange(self._next[leaf], self._next[leaf] + whole.numel()) % len(PATTERNS)
+        self._next[leaf] += whole.numel()
+        return PATTERNS[indices].view(whole.shape)
+
+    def _note(self, owner: NF4Linear, leaf: str, whole: torch.Tensor) -> None:
+        self.fingerprint.add(whole)
+        self.pairs[leaf] |= set(whole.reshape(-1).view(torch.uint16).to(torch.int32).tolist())
+        both = self.placed.setdefault(id(owner), {})
+        both[leaf] = whole
+        if len(both) == 2:
+            with self.pristine:
+                dequantize_weight(both["packed"], both["scales"], owner.format, owner.compute_dtype)
+
+
+def train_on_patterns(
+    processes: Processes, config: RunConfig, scales: str, folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Where bytes differed from what was placed, after every stage of a run and of its resumption."""
+    placed = Placed(scales)
+    strategy = build(processes, config, placed, **options)
+    wanted, fingerprint, wrong = set(placed.pristine.calls), placed.fingerprint.text(), []
+    batch = collate(make_packs(3, seed=processes.rank))
+
+    def look(stage: str) -> None:
+        strategy.module.train()
+        with Dequantized() as seen:
+            strategy.forward_backward([batch], 10)
+        strategy.discard_gradients()
+        if set(seen.calls) != wanted or len(seen.calls) <= len(wanted):  # forward, and backward once more
+            wrong.append(f"{stage}: {len(set(seen.calls) - wanted)} of {len(wanted)} layers differ")
+        if strategy.fingerprint() != fingerprint:
+            wrong.append(f"{stage}: the fingerprint differs")
+
+    look("prepare")
+    strategy.forward_backward([batch, batch], 10)
+    strategy.step(1e-3, 1.0)
+    look("step")
+    checkpoints = CheckpointManager(RunDir(folder), config.checkpoint, {}, processes, lambda step, saved: None)
+    checkpoints.save(1, strategy.state_dict(), {}, False)
+    checkpoints.wait()
+    look("save")
+    strategy = build(processes, config, Placed(scales), **options)
+    strategy.allocate_optimizer()
+    strategy.restore(checkpoints.open(1))
+    checkpoints.close()
+    look("resume")
+    with strategy.whole_weights():
+        pass
+    look("gathering it all")
+    return {"wrong": wrong, "layers": len(wanted), "pairs": {leaf: len(found) for leaf, found in placed.pairs.items()}}
+
+
+@pytest.fixture(scope="session")
+def wide_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config of a Llama whose 4-bit bytes, and whose scales, are more than all patterns take."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=4
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+STRATEGIES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "single": (1, "single", {}),
+    "ddp": (2, "ddp", {}),
+    "fsdp2": (2, "fsdp2", {}),
+    "fsdp2 of three": (3, "fsdp2", {}),
+    "fsdp2, bytes seen as floats": (2, "fsdp2", {"bit_view": True}),
+    "zero1": (2, "zero1", {}),
+    "zero2": (2, "zero2", {}),
+    "zero3": (2, "zero3", {}),
+    "zero3 of three": (3, "zero3", {}),
+}
+# What the scales are, and the dtype that the engines gather and compute in.
+CASES = [("double quantised", "float32"), ("valid", "bfloat16"), ("patterns", "bfloat16"), ("patterns", "float16")]
+CELLS = [
+    pytest.param(*strategy, *case, id="-".join((name, *case)))
+    for name, strategy in STRATEGIES.items()
+    for case in CASES
+    if "zero" not in name or "float16" not in case
+]
+
+
+@pytest.mark.parametrize(("world_size", "kind", "options", "scales", "dtype"), CELLS)
+def test_bytes_stay_as_they_were_placed(
+    world_size: int,
+    kind: str,
+    options: dict[str, Any],
+    scales: str,
+    dtype: str,
+    pool: Pools,
+    toy_recipe: Any,
+    wide_model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    config = toy_recipe(
+        model={"path": str(wide_model_dir), "init": "random", "dtype": dtype},
+        adapter={"r": 2},
+        quantization={"type": "nf4", "double_quant": scales == "double quantised"},
+        strategy={"kind": kind},
+    )
+    for found in pool(world_size).run(train_on_patterns, config, scales, tmp_path, options):
+        assert found["wrong"] == []
+        assert found["layers"] == 14
+        assert found["pairs"]["packed"] == 2**16
+        assert scales != "patterns" or found["pairs"]["scales"] == 2**16
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_compiled_dequantisation_gives_the_same_bits(double_quant: bool) -> None:
+    from trainer.model.nf4 import Format, quantize_weight
+
+    format = Format("nf4", double_quant)
+    packed, scales = quantize_weight(torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), format)
+    packed = PATTERNS.view(512, 256).clone()
+    before = digest(packed, scales)
+    compiled = torch.compile(dequantize_weight, fullgraph=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(compiled(packed, scales, format, dtype), dequantize_weight(packed, scales, format, dtype))
+    assert digest(packed, scales) == before

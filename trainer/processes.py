@@ -1,0 +1,144 @@
+"""The processes of a run: who am I, how many are we, and the small things we agree on between steps.
+
+Small agreements travel over gloo on the host, never over the GPUs: they need no device synchronisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from trainer.launchers import World
+
+T = TypeVar("T")
+# The watchdog ends a run that hangs; these time-outs only have to be longer than anything that is slow and well.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: from 0 over all hosts.
+        world_size: number of processes.
+        local_rank: from 0 on this host.
+        local_world_size: processes on this host.
+        master_addr: where rank 0 can be reached.
+        device: this process's GPU, or the CPU.
+        host: process group of this host's processes for tensors on `device`; None when alone.
+        background: gloo group of all processes for the thread that saves; None when alone.
+    """
+
+    def __init__(self, world: World, device: torch.device) -> None:
+        self.rank, self.world_size = world.rank, world.world_size
+        self.local_rank, self.local_world_size = world.local_rank, world.local_world_size
+        self.master_addr = world.master_addr
+        self.device = device
+        self.host: dist.ProcessGroup | None = None
+        self.background: dist.ProcessGroup | None = None
+        if self.world_size == 1:
+            return
+        # A group is made by all processes together, in one order.
+        for first in range(0, self.world_size, self.local_world_size):
+            members = list(range(first, first + self.local_world_size))
+            group = dist.new_group(members, timeout=COLLECTIVE_TIMEOUT)
+            if self.rank in members:
+                self.host = group
+        self.background = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone speaks and writes."""
+        return self.rank == 0
+
+    def sum(self, *values: int) -> list[int]:
+        """Each value added up over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def sum_float(self, value: float) -> float:
+        """`value` added up over all processes, in float64."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.item()
+
+    def max(self, value: float) -> float:
+        """The largest `value` of any process."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's `value` (anything that pickles) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's `value`, by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)  # over gloo where the object's bytes lie on the CPU
+        return values  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Returns when every process has come here."""
+        self.sum(0)
+
+
+@contextlib.contextmanager
+def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
+    """Joins the run's processes; leaves them at the end.
+
+    Args:
+        needs_group: sharding engines want a process group even for one process.
+    """
+    device = choose_device(world.local_rank)
+    if world.world_size == 1 and not needs_group:
+        yield Processes(world, device)
+        return
+    # The CPU's backend from the start: saving in the background and agreeing on stops must not touch the GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{world.master_addr}:{world.master_port}",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        yield Processes(world, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(local_rank: int = 0) -> torch.device:
+    """This process's GPU where there are GPUs, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Fixed blocks that stay behind when sizes change cost gigabytes; read by torch at its first allocation.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # srun may show each task its own GPU alone, which is then number 0.
+    index = local_rank if torch.cuda.device_count() > 1 else 0
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
