@@ -358,11 +358,6 @@ def test_wrong_input_leaves_no_run_dir(toy_recipe, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused_while_each_would_train_alone(toy_recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes"):
-        train(toy_recipe(), tmp_path / "run")
-
 
 def test_metrics_lines_are_json_with_every_promised_field(toy_recipe, tmp_path):
     run = train(toy_recipe(adapter=LORA), tmp_path / "run")

@@ -74,7 +74,7 @@ class FullyShard(SingleProcess):
         parameter: Any = owner.get_parameter(leaf)
         if whole.dtype == torch.uint8 != parameter.dtype:
             whole = whole.contiguous().view(parameter.dtype)
-        local = parameter.to_local()
+        local: torch.Tensor = parameter.to_local()
         rows_each = -(-whole.shape[0] // self.num_shards)
         put(local, whole.narrow(0, min(self.shard_index * rows_each, whole.shape[0]), local.shape[0]))
 
@@ -109,8 +109,8 @@ class FullyShard(SingleProcess):
         return loss_sum
 
     def _local(self, parameter: torch.Tensor) -> torch.Tensor:
-        assert isinstance(parameter, DTensor)
-        return parameter.detach().to_local()
+        cut: Any = parameter.detach()
+        return cut.to_local()
 
     def _square_sum(self, grads: list[torch.Tensor]) -> torch.Tensor:
         total = super()._square_sum(grads).to(self.device)
