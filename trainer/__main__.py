@@ -64,6 +64,8 @@ def _tell(error: PacktrainError, world: World, run_dir: Path | None) -> None:
     Before there are logs nobody watches: then each speaks, of a recipe one process a host.
     """
     log = RunDir(run_dir).logs / f"rank_{world.rank}.log" if run_dir else None
+    if error.told:
+        return
     if world.rank == 0:
         print(error, file=sys.stderr)
     elif log and log.parent.is_dir():

@@ -12,6 +12,7 @@ class PacktrainError(Exception):
     """A failure packtrain foresaw. The command line prints its text without a traceback."""
 
     exit_status = EXIT_FAILURE
+    told = False  # whether the user has seen it already
 
 
 class UserError(PacktrainError):

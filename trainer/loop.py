@@ -21,7 +21,7 @@ from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
-from trainer.watchdog import Watchdog
+from trainer.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from trainer.launchers import World
 T = TypeVar("T")
 # The watchdog ends a run that hangs; these time-outs only have to be longer than anything that is slow and well.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+MEETING_TIMEOUT = timedelta(minutes=10)  # all processes of a job start together; nobody watches over them before
 
 
 class Processes:
@@ -118,11 +119,14 @@ def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
     if world.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
+        url = f"tcp://{world.master_addr}:{world.master_port}"
+        meeting = dist.rendezvous(url, world.rank, world.world_size, timeout=MEETING_TIMEOUT)
+        store, rank, world_size = next(meeting)
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{world.master_addr}:{world.master_port}",
-            rank=world.rank,
-            world_size=world.world_size,
+            store=store,
+            rank=rank,
+            world_size=world_size,
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )

@@ -59,7 +59,7 @@ from trainer.resume import check_identity, check_recipe_unchanged, only_one_trai
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy, needs_group
-from trainer.watchdog import Watchdog
+from trainer.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 ALONE = World()
@@ -103,6 +103,7 @@ def _train_together(
     if processes.is_first and not run.steps():
         check_disk_space(run.path, _bytes_to_write(config, built.model))
 
+    num_trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)  # before they are cut
     root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
     strategy = build_strategy(config, built.model, processes, fingerprint if config.quantization else None)
     started = time.perf_counter()
@@ -118,7 +119,7 @@ def _train_together(
     recorded.enter_context(_recorded(run, config, processes))
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
-    _fit(config, run, tokenizer, splits, built.model, strategy, identity, stop, watchdog)
+    _fit(config, run, tokenizer, splits, built.model, num_trained, strategy, identity, stop, watchdog)
     return tokenizer, stop
 
 
@@ -140,6 +141,7 @@ def _fit(
     tokenizer: Any,
     splits: Splits,
     model: nn.Module,
+    num_trained: int,
     strategy: Strategy,
     identity: dict[str, Any],
     stop: StopRequest,
@@ -170,15 +172,17 @@ def _fit(
             schedule=Schedule(config.schedule, config.optim, num_steps),
             checkpoints=checkpoints,
             recorder=recorder,
-            meter=_meter(config, splits, model, processes),
+            meter=_meter(config, splits, model, num_trained, processes),
             answer_samples=_sampler_of_answers(config, tokenizer, model),
             stop=stop,
             watchdog=watchdog,
         )
+        if config.adapter:
+            checkpoints.reserve(strategy.state_dict())
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
-        _announce(recorder, config, splits, model, resumed, num_steps, choice, processes)
+        _announce(recorder, config, splits, num_trained, resumed, num_steps, choice, processes)
         loop.fit()
         check_bytes(strategy, identity["base"]["nf4_fingerprint"], "after training")
         _announce_best(config, checkpoints, recorder, loop.state)
@@ -226,11 +230,12 @@ def _choose_sizes(
     return choose_micro_batch(config.train, strategy, splits.train, packs_per_rank, config.data.pack_length, recompute)
 
 
-def _meter(config: RunConfig, splits: Splits, model: Any, processes: Processes) -> ThroughputMeter:
+def _meter(
+    config: RunConfig, splits: Splits, model: Any, num_trained: int, processes: Processes
+) -> ThroughputMeter:
     shown = range(min(len(splits.train), 1000))
     attended = mean_attended_positions(len(ids) for index in shown for ids, _ in splits.train[index])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if config.adapter else 0
-    flops = flops_per_token(model.config, config.method == "full", attended, trained)
+    flops = flops_per_token(model.config, config.method == "full", attended, num_trained if config.adapter else 0)
     peak = device_peak_flops(processes.device)
     return ThroughputMeter(flops, peak and peak * processes.world_size, processes.device)
 
@@ -252,17 +257,16 @@ def _announce(
     recorder: Recorder,
     config: RunConfig,
     splits: Splits,
-    model: nn.Module,
+    num_trained: int,
     resumed: int | None,
     num_steps: int,
     choice: Choice,
     processes: Processes,
 ) -> None:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packs, report = len(splits.train), splits.reports["train"]
     if resumed is None:
         text = (
-            f"{config.method}: {trained:,} trained parameters, {packs} packs of {report.rows:,} rows "
+            f"{config.method}: {num_trained:,} trained parameters, {packs} packs of {report.rows:,} rows "
             f"({report.trained_tokens:,} of {report.tokens:,} tokens trained), {num_steps} steps"
         )
         recorder.event(0, "start", text)

@@ -18,7 +18,8 @@ from trainer.checkpoint.layout import RunDir
 TIMEOUT = 120.0
 RECIPE: dict[str, Any] = {
     "adapter": {"r": 4, "dropout": 0.1},
-    "train": {"epochs": 3, "max_steps": None, "global_batch": {"rows": 4}, "micro_batch": 1, "log_every": 1},
+    "data": {"packing": False},
+    "train": {"epochs": 1.5, "max_steps": None, "global_batch": {"rows": 4}, "micro_batch": 1, "log_every": 1},
     "checkpoint": {"every_steps": 2, "keep": 2},
     "eval": {"every_steps": 5},
 }

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from trainer.errors import PacktrainError, Preempted, UserError
 from trainer.launchers import World
 from trainer.processes import Processes, start_processes
-from trainer.verdict import Limits
-from trainer.watchdog import Watchdog
+from trainer.watch.verdict import Limits
+from trainer.watch.watchdog import Watchdog
 
 SIZE = 3
 LIMITS = Limits(

@@ -11,12 +11,17 @@ import torch
 
 from trainer.checkpoint.layout import RunDir, find_damage, folder_appears_when_complete, write_atomically
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import CheckpointConfig
 from trainer.errors import PacktrainError
+from trainer.launchers import World
+from trainer.processes import Processes
+
+ALONE = Processes(World(), torch.device("cpu"))
 
 
-def manager(tmp_path, **settings):
-    return CheckpointManager(RunDir(tmp_path), CheckpointConfig(**settings), {"base": {}, "data": "d"}, None)
+def manager(tmp_path, finish=lambda folder, saved: None, **settings):
+    return CheckpointManager(RunDir(tmp_path), CheckpointConfig(**settings), {"base": {}, "data": "d"}, ALONE, finish)
 
 
 def tensors(value):
@@ -28,8 +33,9 @@ def test_what_was_saved_comes_back_though_the_tensors_changed_at_once(tmp_path):
     checkpoints.save(10, state, {"loop": {"step": 10}})
     state["model.w"].fill_(-1)  # as the next step would, while the save is under way
     checkpoints.wait()
-    restored = tensors(0)
-    assert checkpoints.load(10, restored) == {"loop": {"step": 10}}
+    restored, saved = tensors(0), checkpoints.open(10)
+    saved.load(restored)
+    assert saved.progress == {"loop": {"step": 10}}
     assert torch.equal(restored["model.w"], torch.full((8, 4), 1.0))
     assert restored["optim.w.step"] == 1
     checkpoints.close()
@@ -90,13 +96,69 @@ def test_a_failed_save_is_raised_and_leaves_the_last_one(tmp_path):
     assert not list(tmp_path.glob("checkpoints/*.unfinished"))
 
 
+def best_saved_and_killed_before_it_was_noted(tmp_path, **settings):
+    """Steps 1 and 2 were each the best when they were saved; the note still names 1."""
+    checkpoints = manager(tmp_path, **settings)
+    checkpoints.save(1, tensors(1), {}, is_best=True)
+    checkpoints.wait()
+    noted = RunDir(tmp_path).best.read_text()
+    checkpoints.save(2, tensors(2), {}, is_best=True)
+    checkpoints.close()
+    RunDir(tmp_path).best.write_text(noted)
+    assert RunDir(tmp_path).best_step() == 1
+
+
+def test_a_kill_before_the_best_was_noted_leaves_no_older_best(tmp_path):
+    best_saved_and_killed_before_it_was_noted(tmp_path)
+    assert manager(tmp_path).best_step() == 2
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "dcp/__0_0.distcp"])
+def test_a_damaged_checkpoint_does_not_become_the_best_nor_cost_the_intact_one(tmp_path, file):
+    best_saved_and_killed_before_it_was_noted(tmp_path)
+    (tmp_path / "checkpoints/step_00000002" / file).write_bytes(b"no json")
+    checkpoints = manager(tmp_path, keep=1)
+    assert checkpoints.best_step() == 1
+    assert checkpoints.newest_intact() == 1
+    checkpoints.discard_after(1)
+    assert RunDir(tmp_path).steps() == [1] and checkpoints.best_step() == 1
+
+
+def test_the_one_before_is_there_until_the_new_one_is_committed(tmp_path):
+    run = RunDir(tmp_path)
+    seen = []
+    checkpoints = manager(tmp_path, finish=lambda folder, saved: seen.append(run.steps()), keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, tensors(step), {})
+    checkpoints.close()
+    assert seen == [[], [1], [2]] and run.steps() == [3]
+
+
+def test_reading_names_what_is_not_there_or_of_another_shape(tmp_path):
+    checkpoints = manager(tmp_path)
+    checkpoints.save(1, tensors(1), {})
+    checkpoints.close()
+    saved = checkpoints.open(1)
+    with pytest.raises(PacktrainError, match="holds no tensor model.absent"):
+        saved.read("model.absent")
+    with pytest.raises(PacktrainError, match="cannot be read into this model.*model.absent"):
+        saved.load({**tensors(0), "model.absent": torch.zeros(1)})
+    with pytest.raises(PacktrainError, match=r"8, 4.*4, 8.*model.w"):
+        saved.load({"model.w": torch.zeros(4, 8)})
+    with pytest.raises(PacktrainError, match="no readable checkpoint"):
+        _ = SavedCheckpoint(tmp_path).names
+
+
 SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
 from trainer.checkpoint.layout import RunDir
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import CheckpointConfig
-checkpoints = CheckpointManager(RunDir(Path(sys.argv[1])), CheckpointConfig(keep=3), {}, None)
+from trainer.launchers import World
+from trainer.processes import Processes
+run, alone = RunDir(Path(sys.argv[1])), Processes(World(), torch.device("cpu"))
+checkpoints = CheckpointManager(run, CheckpointConfig(keep=3), {}, alone, lambda folder, saved: None)
 step = 0
 while True:
     step += 1
@@ -117,11 +179,10 @@ def test_kill_at_any_moment_leaves_an_intact_newest_checkpoint(tmp_path):
         assert run.steps(), "at least one save had been waited for"
         for step in run.steps():
             assert find_damage(run.step_dir(step)) is None
-        state = {"w": torch.zeros(200_000)}
-        checkpoints = CheckpointManager(run, CheckpointConfig(), {}, None)
-        newest = checkpoints.newest_intact()
-        assert checkpoints.load(newest, state) == {"step": newest}
-        assert torch.equal(state["w"], torch.full((200_000,), float(newest)))
+        newest = manager(folder).newest_intact()
+        saved = SavedCheckpoint(run.step_dir(newest))
+        assert saved.progress == {"step": newest}
+        assert torch.equal(saved.read("w"), torch.full((200_000,), float(newest)))
 
 
 def test_a_folder_appears_only_when_complete(tmp_path):

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.beatline import _beat
 from trainer.errors import UserError
-from trainer.heartbeat import Beat, describe_failure
 from trainer.launchers import World
 from trainer.processes import Processes
-from trainer.verdict import Judge, Limits, Member, Verdict
-from trainer.watchdog import Watchdog
+from trainer.watch.beatline import _beat
+from trainer.watch.heartbeat import Beat, describe_failure
+from trainer.watch.verdict import Judge, Limits, Member, Verdict
+from trainer.watch.watchdog import Watchdog
 
 LIMITS = Limits()
 LOST = RuntimeError("[pair.cc:534] Connection closed by peer [10.0.0.2]:7171")

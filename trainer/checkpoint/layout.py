@@ -162,6 +162,14 @@ def commit_folder(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Deletes a committed folder: a kill meanwhile leaves none that looks committed and lacks files."""
+    leftover = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(leftover, ignore_errors=True)
+    os.rename(folder, leftover)
+    shutil.rmtree(leftover)
+
+
 @contextlib.contextmanager
 def folder_appears_when_complete(final: Path) -> Iterator[Path]:
     """Yields a folder to fill; after success it is synced and becomes `final`, after an error `final` never appears."""

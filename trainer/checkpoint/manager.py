@@ -7,6 +7,7 @@ moment leaves the last committed step as it was.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import socket
@@ -14,12 +15,10 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
 
 from trainer.checkpoint.layout import (
     MANIFEST,
@@ -29,12 +28,15 @@ from trainer.checkpoint.layout import (
     commit_folder,
     describe_file,
     find_damage,
+    read_manifest,
+    remove_folder,
     sync,
     write_atomically,
     write_manifest,
 )
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.writing import digests, find_difference, write_tensors
 from trainer.config import CheckpointConfig
 from trainer.errors import PacktrainError
 from trainer.processes import Processes
@@ -42,6 +44,7 @@ from trainer.processes import Processes
 logger = logging.getLogger(__name__)
 # One process is what is meant here, and torch says so at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 Finish = Callable[[Path, SavedCheckpoint], None]
 
@@ -68,8 +71,11 @@ class CheckpointManager:
         self._staging = Staging()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        if processes.is_first:
-            self._remove_unfinished()
+        self._on_first(self._remove_unfinished)
+
+    def reserve(self, state: Tensors) -> None:
+        """Makes host memory for states like this one, so that the first save does not have training wait for it."""
+        self._staging.copy(state)
 
     def save(self, step: int, state: Tensors, progress: dict[str, Any], is_best: bool = False) -> None:
         """Copies `state` to host memory and commits it in the background.
@@ -83,9 +89,7 @@ class CheckpointManager:
             PacktrainError: the previous save failed, on whichever process.
         """
         self.wait()
-        if self.processes.from_first(step in self.run_dir.steps()):
-            if self.processes.is_first:
-                self._after_commit(step, is_best)
+        if self._on_first(lambda: self._is_there(step, is_best)):
             return
         staged = self._staging.copy(state)
         record = {"step": step, "progress": progress, "is_best": is_best, **self.identity}
@@ -102,8 +106,10 @@ class CheckpointManager:
             return
         try:
             pending.result()
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
-            raise PacktrainError(f"{self.run_dir.checkpoints}: the checkpoint could not be saved: {error}") from error
+        except Exception as error:
+            raise PacktrainError(
+                f"{self.run_dir.checkpoints}: the checkpoint could not be saved: {_tell(error)}"
+            ) from error
 
     def newest_intact(self) -> int | None:
         """The newest step whose every byte is as written; damaged ones are named in a warning and passed over.
@@ -111,14 +117,7 @@ class CheckpointManager:
         Raises:
             PacktrainError: there are checkpoints and none is intact.
         """
-        steps = self.run_dir.steps()
-        intact = self.processes.from_first(self._find_intact(steps) if self.processes.is_first else None)
-        if steps and intact is None:
-            raise PacktrainError(
-                f"{self.run_dir.checkpoints}: none of the {len(steps)} checkpoints is intact\n"
-                "  fix: train anew into another --run-dir"
-            )
-        return intact
+        return self._on_first(self._find_intact)
 
     def open(self, step: int) -> SavedCheckpoint:
         """The checkpoint of `step`, to be read from."""
@@ -126,14 +125,11 @@ class CheckpointManager:
 
     def best_step(self) -> int | None:
         """Step of the checkpoint ``best`` points at, if it is there."""
-        return self.processes.from_first(self.run_dir.best_step())
+        return self._on_first(self.run_dir.best_step)
 
     def discard_after(self, step: int) -> None:
         """Deletes checkpoints newer than `step` (the damaged ones a resume passed over)."""
-        if self.processes.is_first:
-            for newer in [s for s in self.run_dir.steps() if s > step]:
-                shutil.rmtree(self.run_dir.step_dir(newer))
-        self.processes.barrier()
+        self._on_first(lambda: self._discard_after(step))
 
     def close(self) -> None:
         """Waits for the last save and ends the thread."""
@@ -142,36 +138,40 @@ class CheckpointManager:
         finally:
             self._background.shutdown()
 
-    # ---------------------------------------------------------------------------------- in the background, on all ranks
+    # ------------------------------------------------------------------------------ in the background, on all ranks
 
     def _commit(self, step: int, staged: Tensors, record: dict[str, Any]) -> None:
         final = self.run_dir.step_dir(step)
         folder = final.with_name(final.name + UNFINISHED)
-        self._together(lambda: begin_folder(final) if self.processes.is_first else None)
-        group = self.processes.background
-        no_dist = not dist.is_initialized()
-        # Tensors that all processes have alike are written once, spread over them.
-        dcp.save(staged, checkpoint_id=folder / TENSORS, process_group=group, no_dist=no_dist)
-        described = self._together(lambda: self._describe_own(folder))
-        files = {name: entry for entries in described for name, entry in entries.items()}
-        self._together(lambda: self._complete(folder, final, step, record, files) if self.processes.is_first else None)
+        try:
+            self._together(lambda: begin_folder(final) if self.processes.is_first else None)
+            self._check_alike(staged)
+            write_tensors(staged, folder / TENSORS, self.processes.background)
+            described = self._together(lambda: self._describe_own(folder))
+            files = {name: entry for entries in described for name, entry in entries.items()}
+            self._together(lambda: self._complete(folder, final, record, files) if self.processes.is_first else None)
+        except BaseException:
+            if self.processes.is_first:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk has no room for half a checkpoint
+            raise
+
+    def _check_alike(self, staged: Tensors) -> None:
+        if self.processes.world_size > 1 and (difference := find_difference(self._together(lambda: digests(staged)))):
+            raise PacktrainError(difference)
 
     def _describe_own(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Hashes and syncs the files that this process wrote, while they are in its page cache."""
-        pattern = f"__{self.processes.rank}_*" if dist.is_initialized() else "__0_*"
         entries = {}
-        for path in sorted((folder / TENSORS).glob(pattern)):
+        for path in sorted((folder / TENSORS).glob(f"__{self.processes.rank}_*")):
             sync(path)
             entries[str(path.relative_to(folder))] = describe_file(path)
         return entries
 
-    def _complete(
-        self, folder: Path, final: Path, step: int, record: dict[str, Any], files: dict[str, dict[str, Any]]
-    ) -> None:
+    def _complete(self, folder: Path, final: Path, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
         self.finish(folder, SavedCheckpoint(folder))
         write_manifest(folder, record, files)
         commit_folder(folder, final)
-        self._after_commit(step, record["is_best"])
+        self._note_best_and_prune(record["step"], record["is_best"])
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
         """Everybody's result of `act`, once all have come here.
@@ -179,39 +179,65 @@ class CheckpointManager:
         Raises:
             PacktrainError: one failed; on all processes, naming it.
         """
-        result, failure = None, None
-        try:
-            result = act()
-        except Exception as error:
-            failure = error
+        result, failure = _attempt(act)
         if self.processes.background is None:
             if failure:
                 raise failure
             return [result]
-        told = f"rank {self.processes.rank} on {socket.gethostname()}: {failure}" if failure else None
+        told = f"rank {self.processes.rank} on {socket.gethostname()}: {_tell(failure)}" if failure else None
         everybody: list[Any] = [None] * self.processes.world_size
         dist.all_gather_object(everybody, (result, told), group=self.processes.background)
         if failures := [told for _, told in everybody if told]:
             raise PacktrainError("; ".join(failures)) from failure
         return [result for result, _ in everybody]
 
-    # ---------------------------------------------------------------------------------------------------- rank 0 alone
+    # ---------------------------------------------------------------------- rank 0 alone, while the others wait for it
 
-    def _find_intact(self, steps: list[int]) -> int | None:
+    def _on_first(self, act: Callable[[], T]) -> T:
+        """The result of `act`, which rank 0 does, on all processes; so is its failure."""
+        result, failure = _attempt(act) if self.processes.is_first else (None, None)
+        result, told = self.processes.from_first((result, failure and _tell(failure)))
+        if failure:
+            raise failure
+        if told:
+            raise PacktrainError(told)
+        return result  # type: ignore[return-value]
+
+    def _is_there(self, step: int, is_best: bool) -> bool:
+        """Whether `step` is committed already; then this only notes what has become known of it since."""
+        if step not in self.run_dir.steps():
+            return False
+        self._note_best_and_prune(step, is_best)
+        return True
+
+    def _find_intact(self) -> int | None:
+        steps = self.run_dir.steps()
         for step in reversed(steps):
             damage = find_damage(self.run_dir.step_dir(step))
             if damage is None:
                 return step
             logger.warning("checkpoint of step %d is damaged: %s. Trying the one before", step, damage)
+        if steps:
+            raise PacktrainError(
+                f"{self.run_dir.checkpoints}: none of the {len(steps)} checkpoints is intact\n"
+                "  fix: train anew into another --run-dir"
+            )
         return None
 
-    def _after_commit(self, step: int, is_best: bool) -> None:
+    def _discard_after(self, step: int) -> None:
+        for newer in [s for s in self.run_dir.steps() if s > step]:
+            remove_folder(self.run_dir.step_dir(newer))
+
+    def _note_best_and_prune(self, step: int, is_best: bool) -> None:
         if is_best:
-            write_atomically(self.run_dir.best, self.run_dir.step_dir(step).name + "\n")
+            self._note_best(step)
         newest = self.run_dir.steps()[-self.config.keep :]
         for old in self.run_dir.steps():
             if old not in newest and old != self.run_dir.best_step():
-                shutil.rmtree(self.run_dir.step_dir(old))
+                remove_folder(self.run_dir.step_dir(old))
+
+    def _note_best(self, step: int) -> None:
+        write_atomically(self.run_dir.best, self.run_dir.step_dir(step).name + "\n")
 
     def _remove_unfinished(self) -> None:
         for leftover in self.run_dir.checkpoints.glob(f"step_*{UNFINISHED}"):
@@ -223,9 +249,34 @@ class CheckpointManager:
         self._catch_up_best()
 
     def _catch_up_best(self) -> None:
-        """A kill between a checkpoint's commit and the note that it is the best one leaves an older note."""
+        """A kill between a checkpoint's commit and the note that it is the best one leaves an older note.
+
+        Nothing is pruned here: whether the newer ones are intact is not known yet. Without a note, or with one of a
+        checkpoint that is gone, nothing is made up: the user may have removed it.
+        """
+        noted = self.run_dir.best_step()
         for step in reversed(self.run_dir.steps()):
-            if SavedCheckpoint(self.run_dir.step_dir(step)).manifest.get("is_best"):
-                if step > (self.run_dir.best_step() or 0):
-                    self._after_commit(step, is_best=True)
+            if noted is None or step <= noted:
                 return
+            if self._was_best(step):
+                self._note_best(step)
+                return
+
+    def _was_best(self, step: int) -> bool:
+        folder = self.run_dir.step_dir(step)
+        with contextlib.suppress(PacktrainError):  # no readable manifest: damaged
+            return bool(read_manifest(folder).get("is_best")) and find_damage(folder) is None
+        return False
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of `act`, or its failure."""
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
+
+
+def _tell(error: Exception) -> str:
+    """What went wrong, for users; what nobody foresaw with its kind."""
+    return str(error) if isinstance(error, (OSError, PacktrainError)) else repr(error)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.checkpoint.layout import read_manifest
+from trainer.checkpoint.writing import explain
 from trainer.errors import PacktrainError
 
 TENSORS = "dcp"  # the folder of a checkpoint that torch's distributed checkpoint fills
@@ -90,5 +91,6 @@ class SavedCheckpoint:
     def _load(self, state: dict[str, torch.Tensor], alone: bool) -> None:
         try:
             dcp.load(state, checkpoint_id=self.folder / TENSORS, no_dist=alone)
-        except (CheckpointException, OSError, ValueError) as error:  # torch's is no Exception
-            raise PacktrainError(f"{self.folder}: the checkpoint cannot be read into this model: {error}") from error
+        except CheckpointException as error:
+            told = f"{self.folder}: the checkpoint cannot be read into this model: {explain(error)}"
+            raise PacktrainError(told) from error

@@ -197,10 +197,11 @@ class Zero(Strategy):
 
     def allocate_optimizer(self) -> None:
         state = self._zero.optimizer.state
-        if state:
+        missing = [flat for flat in self._masters() if flat not in state]
+        if not missing:
             return
         fused = self._zero.optimizer.defaults["fused"]
-        for flat in self._masters():
+        for flat in missing:
             count = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         if self.stage < 3:  # DeepSpeed would link after the first group's step, when the others have none

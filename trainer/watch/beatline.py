@@ -17,8 +17,8 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.errors import EXIT_FAILURE, PacktrainError
-from trainer.heartbeat import Beat, Failure
-from trainer.verdict import WHY_DEAD, WHY_SILENT, Judge, Limits, Member, Verdict, place
+from trainer.watch.heartbeat import Beat, Failure
+from trainer.watch.verdict import WHY_DEAD, WHY_SILENT, Judge, Limits, Member, Verdict, place
 
 _MAX_LINE = 1 << 20  # bytes; a stranger's endless line is cut off here
 

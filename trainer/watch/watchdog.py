@@ -1,7 +1,7 @@
 """Ends the run when one of its processes hangs, dies or diverges, and names it.
 
 Every process beats to rank 0 over a connection of its own, from a thread of its own: no collective can delay it. Rank 0
-compares the beats (`trainer.verdict`) and tells all the same verdict; a closed connection is a process that ended: it
+compares the beats (`trainer.watch.verdict`) and tells all the same verdict; a closed connection is a process that ended: it
 shows at once. Only rank 0's own silence or end is judged by the others, each for itself.
 """
 
@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from trainer.beatline import Hub, Line, Spoke, open_listener
 from trainer.errors import EXIT_TO_BE_RESUMED, PacktrainError
-from trainer.heartbeat import Pulse, describe_failure
 from trainer.processes import Processes
-from trainer.verdict import Limits, Member, Verdict
+from trainer.watch.beatline import Hub, Line, Spoke, open_listener
+from trainer.watch.heartbeat import Pulse, describe_failure
+from trainer.watch.verdict import Limits, Member, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class RankFailed(PacktrainError):
         message: names rank, host, step and cause.
         exit_status: the culprit's.
     """
+
+    told = True
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trainer.errors import EXIT_FAILURE
-from trainer.heartbeat import Beat, Failure
+from trainer.watch.heartbeat import Beat, Failure
 
 
 @dataclass(frozen=True)
