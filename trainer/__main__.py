@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from trainer.checkpoint.layout import RunDir
@@ -20,10 +21,21 @@ from trainer.launchers import World, read_world
 from trainer.recipe import load_recipe, split_overrides
 
 INTERRUPTED = 128 + signal.SIGINT
+# These end all processes as soon as one ends.
+EAGER_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+SECONDS_TO_SPEAK = 10.0
 
 
 def main() -> int:
     """Returns the exit status: 0 done, 1 failed, 2 wrong input, 75 stopped in order to be resumed, 130 interrupted."""
+    try:
+        return _train()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what still winds up, without a traceback
+        return INTERRUPTED
+
+
+def _train() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Train a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--run-dir", type=Path, help="where the run is kept; default: runs/<recipe's name>")
@@ -42,9 +54,6 @@ def main() -> int:
         error = explain_os_error(failure) if isinstance(failure, OSError) else failure
         _tell(error, world, run_dir)
         return error.exit_status
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what still winds up, without a traceback
-        return INTERRUPTED
     return EXIT_DONE
 
 
@@ -61,17 +70,19 @@ def _log(world: World) -> None:
 def _tell(error: PacktrainError, world: World, run_dir: Path | None) -> None:
     """Rank 0 speaks. The others write to their log: the watchdog has rank 0 say what is wrong with one of them.
 
-    Before there are logs nobody watches: then each speaks, of a recipe one process a host.
+    Before there are logs nobody watches: then those speak that are still there when rank 0 would have spoken.
     """
-    log = RunDir(run_dir).logs / f"rank_{world.rank}.log" if run_dir else None
-    if error.told:
-        return
     if world.rank == 0:
         print(error, file=sys.stderr)
-    elif log and log.parent.is_dir():
+        return
+    log = RunDir(run_dir).logs / f"rank_{world.rank}.log" if run_dir else None
+    is_logged = log is not None and log.parent.is_dir()
+    if log and is_logged:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{error}\n")
-    elif log or world.local_rank == 0:
+    if any(name in os.environ for name in EAGER_LAUNCHERS):
+        time.sleep(SECONDS_TO_SPEAK * (1 if world.local_rank == 0 else 1.5))  # or rank 0 is ended before it speaks
+    if not is_logged:
         print(f"rank {world.rank} on {socket.gethostname()}: {error}", file=sys.stderr)
 
 

@@ -36,6 +36,7 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
+    assert all(p.is_contiguous() for p in trained), "bitsandbytes would make contiguous copies, and step on those"
     return _bitsandbytes_class(config.name)(groups, min_8bit_size=min_8bit_size, **options)
 
 
@@ -94,10 +95,18 @@ def quantize_moment(values: torch.Tensor, key: str) -> tuple[torch.Tensor, torch
     return codes, state.absmax
 
 
-def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, key: str) -> torch.Tensor:
-    """The float32 moment of `quantize_moment`'s result."""
-    blocks = absmax.repeat_interleave(BLOCK_8BIT)[: codes.numel()].view(codes.shape)
-    return _dynamic_map(key, codes.device)[codes.long()] * blocks
+def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, key: str, start: int = 0) -> torch.Tensor:
+    """The float32 moment of `quantize_moment`'s result, or a part of it.
+
+    Args:
+        codes: consecutive elements, in any shape.
+        absmax: scales of all blocks.
+        start: elements of the whole before those of `codes`.
+    """
+    first, stop = start // BLOCK_8BIT, start + codes.numel()
+    scales = absmax[first : -(-stop // BLOCK_8BIT)].repeat_interleave(BLOCK_8BIT)
+    own = scales[start - first * BLOCK_8BIT :][: codes.numel()]
+    return _dynamic_map(key, codes.device)[codes.int()].mul_(own.view(codes.shape))
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from trainer.checkpoint.layout import RunDir
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.sampler import collate
-from trainer.model.nf4 import Fingerprint, NF4Linear, dequantize_weight
+from trainer.model.nf4 import Fingerprint, Format, NF4Linear, dequantize_weight, quantize_weight
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy
 
@@ -183,15 +183,48 @@ def test_bytes_stay_as_they_were_placed(
         assert scales != "patterns" or found["pairs"]["scales"] == 2**16
 
 
+def train_compiled(processes: Processes, config: RunConfig) -> tuple[float, float, bool, bool]:
+    """The loss before and after compiling, and whether matmuls and fingerprint saw the same bytes after it."""
+    placed = Placed("valid")
+    strategy = build(processes, config, placed)
+    strategy.module.train()
+    batch = collate(make_packs(3, seed=processes.rank))
+    plain = strategy.forward_backward([batch], 10).item()
+    strategy.discard_gradients()
+    for name, module in strategy.module.named_modules():
+        if name.endswith(".mlp"):
+            module.compile(backend="aot_eager")
+    compiled = strategy.forward_backward([batch], 10).item()
+    strategy.discard_gradients()
+    with Dequantized() as seen:  # dynamo stands aside for it
+        strategy.forward_backward([batch], 10)
+    same = set(seen.calls) == set(placed.pristine.calls)
+    return plain, compiled, same, strategy.fingerprint() == placed.fingerprint.text()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("world_size", [2])
+def test_bytes_stay_when_modules_are_compiled(
+    world_size: int, kind: str, pool: Pools, toy_recipe: Any, wide_model_dir: Path
+) -> None:
+    config = toy_recipe(
+        model={"path": str(wide_model_dir), "init": "random"},
+        adapter={"r": 2},
+        quantization={"double_quant": False},
+        strategy={"kind": kind},
+    )
+    for plain, compiled, same_bytes, same_fingerprint in pool(world_size).run(train_compiled, config):
+        assert plain == pytest.approx(compiled, rel=1e-6)
+        assert same_bytes and same_fingerprint
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_compiled_dequantisation_gives_the_same_bits(double_quant: bool) -> None:
-    from trainer.model.nf4 import Format, quantize_weight
-
     format = Format("nf4", double_quant)
-    packed, scales = quantize_weight(torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), format)
+    _, scales = quantize_weight(torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), format)
     packed = PATTERNS.view(512, 256).clone()
     before = digest(packed, scales)
-    compiled = torch.compile(dequantize_weight, fullgraph=False)
+    compiled = torch.compile(dequantize_weight)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(compiled(packed, scales, format, dtype), dequantize_weight(packed, scales, format, dtype))
     assert digest(packed, scales) == before

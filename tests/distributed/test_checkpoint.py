@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -16,15 +17,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoModelForCausalLM
 
 from distributed.pool import Pool, Pools, WorkerFailed
 from trainer.checkpoint.layout import RunDir, find_damage, read_manifest
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.saved import SavedCheckpoint
-from trainer.config import CheckpointConfig
+from trainer.config import CheckpointConfig, RunConfig
 from trainer.errors import PacktrainError
+from trainer.export.consolidate import consolidate
+from trainer.export.result import finish_full
+from trainer.model.tokenizer import load_tokenizer
 from trainer.processes import Processes
 
 Tensors = dict[str, torch.Tensor]
@@ -259,10 +265,12 @@ def test_all_ranks_agree_on_what_is_kept_best_and_intact(pool: Pools, tmp_path: 
 
 def save_until_killed(processes: Processes, folder: Path) -> None:
     (folder / f"pid_{processes.rank}").write_text(str(os.getpid()))
-    checkpoints, step = manage(processes, folder / "run"), 0
-    while True:
-        step += 1
-        checkpoints.save(step, laid_out(whole_tensors(step), processes), {"seen": step})
+    try:
+        checkpoints = manage(processes, folder / "run")
+        for step in itertools.count(1):
+            checkpoints.save(step, laid_out(whole_tensors(step), processes), {"seen": step})
+    finally:
+        os._exit(1)  # as a run that fails; a rank whose neighbours all live learns of it by that
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -288,3 +296,31 @@ def test_a_killed_rank_leaves_the_last_checkpoint_and_no_rank_that_waits(victim:
     assert newest >= 3 + victim
     saved = SavedCheckpoint(run.step_dir(newest))
     assert_equal({name: saved.read(name) for name in saved.names}, whole_tensors(newest))
+
+
+def save_whole_model(processes: Processes, folder: Path, config: RunConfig) -> None:
+    """A full fine-tune's checkpoint, rows cut over the processes."""
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (processes.world_size,))
+    state: Tensors = {}
+    for name, parameter in model.named_parameters():
+        rows = parameter.detach().chunk(processes.world_size)
+        own = rows[processes.rank] if processes.rank < len(rows) else parameter.detach()[:0]
+        shape, stride = parameter.shape, parameter.stride()
+        placed = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        state |= {f"model.{name}": placed, f"optim.{name}.exp_avg": placed}
+    finish = finish_full(config, model.config, load_tokenizer(config.model))
+    checkpoints = manage(processes, folder, finish)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+
+
+def test_a_model_comes_out_the_same_whichever_processes_saved_it(pool: Pools, toy_recipe: Any, tmp_path: Path) -> None:
+    config = toy_recipe()
+    for size in (1, 2, 3):
+        pool(size).run(save_whole_model, tmp_path / f"run{size}", config)
+        consolidate(RunDir(tmp_path / f"run{size}").step_dir(1), tmp_path / f"model{size}")
+    files = {(tmp_path / f"model{size}" / "model.safetensors").read_bytes() for size in (1, 2, 3)}
+    assert len(files) == 1
+    base, found = (load_file(f / "model.safetensors") for f in (Path(config.model.path), tmp_path / "model3"))
+    assert_equal(found, base)

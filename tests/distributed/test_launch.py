@@ -184,13 +184,14 @@ def test_a_wrong_recipe_is_told_once(recipe: Path, tmp_path: Path) -> None:
     assert not run.path.exists()
 
 
-def test_wrong_data_is_told_once(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "status"), [([*ALONE, "--gpus", "2"], 2), (TORCHRUN, 1)])
+def test_wrong_data_is_told_once(command: list[str], status: int, recipe: Path, tmp_path: Path) -> None:
     """Every process sees it, after they have met."""
     (tmp_path / "empty.jsonl").touch()
     options = ["--data.train[0].path", str(tmp_path / "empty.jsonl")]
-    run = launch([*ALONE, "--gpus", "2"], recipe, tmp_path / "run", *options)
-    assert run.status == 2, run.output
-    assert run.output.count("empty.jsonl") == 1
+    run = launch(command, recipe, tmp_path / "run", *options)
+    assert run.status == status, run.output
+    assert run.output.count("empty.jsonl") == 1, run.output
 
 
 # Ends
@@ -201,9 +202,9 @@ def long_recipe(toy_recipe_file: Callable[..., Path]) -> Path:
     return toy_recipe_file(**FULL, train={"max_steps": 100_000}, checkpoint={"every_steps": 5})
 
 
-def wait_for_steps(process: subprocess.Popen[str], run_dir: Path, number: int = 6) -> None:
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int = 6) -> None:
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + WAIT
-    while not metrics.exists() or metrics.read_text().count('"step"') < number:
+    while not metrics.exists() or metrics.read_text().count('"kind": "step"') < step:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no step was made"
         time.sleep(0.1)
@@ -216,7 +217,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 def test_a_preempted_run_goes_on_with_another_number_of_processes(long_recipe: Path, tmp_path: Path) -> None:
     process = start([*ALONE, "--gpus", "2"], long_recipe, tmp_path / "run")
-    wait_for_steps(process, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run")
     process.send_signal(signal.SIGUSR2)
     run = finish(process, tmp_path / "run")
     assert run.status == 75, run.output
@@ -224,7 +225,7 @@ def test_a_preempted_run_goes_on_with_another_number_of_processes(long_recipe: P
     step = run.state["step"]
     assert run.output.count(f"stopped at step {step} by SIGUSR2") == 1
     process = start(ALONE, long_recipe, tmp_path / "run")
-    wait_for_steps(process, tmp_path / "run", step + 3)
+    wait_for_step(process, tmp_path / "run", step + 3)
     process.send_signal(signal.SIGTERM)
     run = finish(process, tmp_path / "run")
     assert f"resumed at step {step}" in run.output
@@ -233,7 +234,7 @@ def test_a_preempted_run_goes_on_with_another_number_of_processes(long_recipe: P
 
 def test_a_killed_process_ends_the_run_within_a_minute_and_is_named(long_recipe: Path, tmp_path: Path) -> None:
     process = start([*ALONE, "--gpus", "2"], long_recipe, tmp_path / "run")
-    wait_for_steps(process, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run")
     pids = children(process)
     started = time.monotonic()
     os.kill(pids[1], signal.SIGKILL)
@@ -248,7 +249,7 @@ def test_a_killed_process_ends_the_run_within_a_minute_and_is_named(long_recipe:
 @pytest.mark.parametrize("command", [[sys.executable, "-m", "trainer"], [*ALONE, "--gpus", "2"]])
 def test_a_second_ctrl_c_ends_without_a_traceback(command: list[str], long_recipe: Path, tmp_path: Path) -> None:
     process = start(command, long_recipe, tmp_path / "run")
-    wait_for_steps(process, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)

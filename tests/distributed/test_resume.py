@@ -55,6 +55,10 @@ def random_case(number: int) -> tuple[str, list[Leg]]:
     return draw.choice(list(METHODS)), legs
 
 
+CASES = [random_case(number) for number in range(NUM_CASES)]
+CASES += [("qlora", [Leg("fsdp2", 8, 3, 3), Leg("ddp", 3, 6, 6), Leg("fsdp2", 8, 9, 9)])]
+
+
 def run_leg(processes: Processes, config: RunConfig, folder: Path, leg: Leg) -> Trace:
     """Trains from the newest checkpoint on, as a run does when it is started again."""
     checkpoints = CheckpointManager(RunDir(folder), config.checkpoint, {}, processes, lambda step, saved: None)
@@ -75,11 +79,11 @@ def uninterrupted() -> dict[str, Trace]:
     return {}
 
 
-@pytest.mark.parametrize("number", range(NUM_CASES))
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_run_goes_on_with_another_number_of_processes(
     number: int, pool: Pools, toy_recipe: Any, tmp_path: Path, uninterrupted: dict[str, Trace]
 ) -> None:
-    method, legs = random_case(number)
+    method, legs = CASES[number]
     alone = Leg("single", 1, SAMPLER.num_steps, SAMPLER.num_steps)
     if method not in uninterrupted:
         config = toy_recipe(**METHODS[method], strategy={"kind": "single"})
@@ -105,8 +109,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 def test_the_cases_differ() -> None:
-    cases = [random_case(number) for number in range(NUM_CASES)]
-    changes = {(a.world_size, b.world_size) for _, legs in cases for a, b in itertools.pairwise(legs)}
-    kinds = {(a.kind, b.kind) for _, legs in cases for a, b in itertools.pairwise(legs)}
+    changes = {(a.world_size, b.world_size) for _, legs in CASES for a, b in itertools.pairwise(legs)}
+    kinds = {(a.kind, b.kind) for _, legs in CASES for a, b in itertools.pairwise(legs)}
     assert NUM_CASES >= 50 and len(changes) >= 10
     assert {("ddp", "fsdp2"), ("fsdp2", "ddp"), ("zero3", "zero2"), ("zero1", "zero1"), ("zero3", "zero3")} <= kinds

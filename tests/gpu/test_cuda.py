@@ -20,7 +20,9 @@ from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
 from trainer.model.attention import VARLEN, cached_attention, document_attention, varlen_attention
 from trainer.model.load import load_model, set_recompute
+from trainer.model.layers import FusedRMSNorm
 from trainer.model.nf4 import Format, NF4Linear, dequantize_weight, fingerprint, quantize_weight
+from trainer.model.swiglu import swiglu
 from trainer.model.weights import build_on_meta, random_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -294,3 +296,41 @@ def test_host_memory_while_loading_6_gib(
 
     assert all(parameter.is_cuda for parameter in model.parameters())
     assert peak_host_bytes() < 2 * largest + 2**30
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1023), (2, 5, 4096)], ids=str)
+def test_swiglu_equals_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up = (torch.randn(shape, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(2))
+    exact = [x.detach().double().requires_grad_() for x in (gate, up)]
+    wanted = nn.functional.silu(exact[0]) * exact[1]
+    found = swiglu(gate, up)
+    direction = torch.randn_like(found)
+    found.backward(direction)
+    wanted.backward(direction.double())
+    bound = torch.finfo(dtype).eps
+    assert found.dtype == dtype and relative_error(found, wanted) < bound
+    for one, other in ((gate, exact[0]), (up, exact[1])):
+        assert one.grad is not None and other.grad is not None
+        assert relative_error(one.grad, other.grad) < bound
+
+
+def test_the_norm_keeps_its_input_alone_for_backward() -> None:
+    class Plain(nn.Module):
+        variance_epsilon = 1e-5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4096, device=CUDA, dtype=torch.bfloat16), requires_grad=False)
+
+    norm = FusedRMSNorm(Plain())
+    x = torch.randn(2048, 4096, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = norm(x)
+    kept = torch.cuda.memory_allocated() - before - output.nbytes
+    assert output.dtype == torch.bfloat16 and kept < 2**20

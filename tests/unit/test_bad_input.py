@@ -354,13 +354,16 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_failure_with_a_name(
     from trainer.checkpoint.manager import CheckpointManager
     from trainer.config import CheckpointConfig
     from trainer.errors import PacktrainError
+    from trainer.launchers import World
+    from trainer.processes import Processes
 
     write_data = dcp.FileSystemWriter.write_data
 
     def is_full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    manager = CheckpointManager(RunDir(tmp_path), CheckpointConfig(), {}, None)
+    alone = Processes(World(), torch.device("cpu"))
+    manager = CheckpointManager(RunDir(tmp_path), CheckpointConfig(), {}, alone, lambda folder, saved: None)
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", is_full)
     with pytest.raises(PacktrainError, match="could not be saved.*No space left"):
         manager.save(1, {"a": torch.ones(2)}, {})
@@ -371,7 +374,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_failure_with_a_name(
     manager.close()
     assert RunDir(tmp_path).steps() == [1]
     with pytest.raises(PacktrainError, match="cannot be read into this model"):
-        manager.load(1, {"a": torch.ones(2), "b": torch.ones(2)})
+        manager.open(1).load({"a": torch.ones(2), "b": torch.ones(2)})
 
 
 # ------------------------------------------------------------------------------------------------------------ inference

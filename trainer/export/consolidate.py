@@ -53,7 +53,9 @@ def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:
     saved = SavedCheckpoint(checkpoint)
     config = json.loads((checkpoint / SERVING / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
-    shapes = {name.removeprefix("model."): saved.shape(name) for name in saved.names if name.startswith("model.")}
+    # Sorted, so that the files are the same whichever processes wrote the checkpoint.
+    names = sorted(name for name in saved.names if name.startswith("model."))
+    shapes = {name.removeprefix("model."): saved.shape(name) for name in names}
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder_appears_when_complete(out) as folder:
         write_model(folder, shapes, dtype, lambda name: saved.read(f"model.{name}"))
@@ -108,8 +110,11 @@ def _write_safetensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
-            data: Any = read(name).to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(data)
+            file.write(_bytes_of(read(name).to(dtype)))  # no name holds the tensor while the next one is read
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

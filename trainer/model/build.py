@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.model.attention import choose_attention, register_attention
+from trainer.model.layers import fuse_layers
 from trainer.model.lora import ADAPTER, FusedLora, attach_adapter, decoder_linears, dora_magnitudes
 from trainer.model.nf4 import Format, NF4Linear, NF4LinearForDora, dequantize_weight, quantize_weight
 from trainer.model.weights import build_on_meta, load_base_config
@@ -91,6 +92,7 @@ def build_model(config: RunConfig, device: torch.device) -> BuiltModel:
     _check_window(base_config, config)
     attention = choose_attention(config.model, config.compute_dtype, device)
     model: Any = build_on_meta(base_config, getattr(torch, config.model.dtype), attention)
+    fuse_layers(model)
     tensors = {name: (_home(model, name), parameter.shape) for name, parameter in model.named_parameters()}
     if config.quantization:
         _replace_linears(model, config)

@@ -47,6 +47,7 @@ class SingleProcess(Strategy):
         locals_ = {name: self._local(parameter) for name, parameter in self._trained.items()}
         self._local_weights = {name: local for name, local in locals_.items() if local.numel()}
         self._masters = {name: self._master(local) for name, local in self._local_weights.items()}
+        self._saved_weights = {f"model.{name}": parameter.detach() for name, parameter in self._trained.items()}
         shapes = {name: parameter.shape for name, parameter in self._trained.items()}
         self.optimizer = build_optimizer(self._masters.items(), min_8bit_size(shapes, self.num_shards))
         self.moments = Moments(self.optimizer, self._masters, self)
@@ -82,7 +83,7 @@ class SingleProcess(Strategy):
         self.moments.allocate()
 
     def state_dict(self) -> StateDict:
-        state = {f"model.{name}": parameter.detach() for name, parameter in self._trained.items()}
+        state = dict(self._saved_weights)
         state |= self.moments.state_dict()
         if self.scaler.enabled:
             state["scaler.scale"] = torch.tensor(self.scaler.scale)
@@ -90,7 +91,7 @@ class SingleProcess(Strategy):
         return state
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        checkpoint.load({f"model.{name}": parameter.detach() for name, parameter in self._trained.items()})
+        checkpoint.load(dict(self._saved_weights))
         for name, local in self._local_weights.items():
             put(self._masters[name], local)
         self.moments.restore(checkpoint)
