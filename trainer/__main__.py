@@ -31,8 +31,9 @@ def main() -> int:
     try:
         return _train()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what still winds up, without a traceback
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what still winds up, without a traceback
 
 
 def _train() -> int:

@@ -75,6 +75,7 @@ class Pool:
         Raises:
             WorkerFailed: a rank did; the pool is closed, since the others may be waiting for it anywhere.
         """
+        assert self.is_open, "ask for the pool again"
         call = pickle.dumps((function, args))
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout
@@ -203,8 +204,7 @@ def _start_rank(rank: int, size: int, port: int, arguments: list[str], folder: P
 
 
 def _main(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    _write_to(log)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _settle(log)
     os.environ.update(variables)
     sys.argv = ["trainer", *arguments]
     from trainer.__main__ import main
@@ -220,8 +220,7 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 def _serve(rank: int, size: int, port: int, connection: Connection, log: Path) -> None:
     """A rank's life: joins the group, then answers calls until nobody calls any more."""
-    _write_to(log)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _settle(log)
     import torch
 
     from trainer.launchers import World
@@ -242,13 +241,15 @@ def _serve(rank: int, size: int, port: int, connection: Connection, log: Path) -
             connection.send_bytes(answer)
 
 
-def _write_to(log: Path) -> None:
-    """What a rank says and the stacks it leaves go to its own file."""
+def _settle(log: Path) -> None:
+    """On the CPU whatever the host has; what a rank says, and the stacks it leaves, go to its own file."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     file = open(log, "w", buffering=1)  # noqa: SIM115 - as long as the process
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

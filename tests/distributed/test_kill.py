@@ -40,8 +40,11 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def finish(size: int, arguments: list[str], folder: Path) -> None:
+    """Trains to the end."""
     started = Started(size, arguments, folder)
-    assert started.wait(TIMEOUT) == [0] * size, started.said()
+    statuses = started.wait(TIMEOUT)
+    started.kill()
+    assert statuses == [0] * size, started.said()
 
 
 @pytest.fixture(scope="session")

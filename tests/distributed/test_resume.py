@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"adapter": {"r": 4}, "quantization": {}},
     "qlora, dropout": {"adapter": {"r": 4, "dropout": 0.2}, "quantization": {}},
 }
-NUM_CASES = 60
+NUM_CASES = 52
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,5 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_the_cases_differ() -> None:
     changes = {(a.world_size, b.world_size) for _, legs in CASES for a, b in itertools.pairwise(legs)}
     kinds = {(a.kind, b.kind) for _, legs in CASES for a, b in itertools.pairwise(legs)}
-    assert NUM_CASES >= 50 and len(changes) >= 10
-    assert {("ddp", "fsdp2"), ("fsdp2", "ddp"), ("zero3", "zero2"), ("zero1", "zero1"), ("zero3", "zero3")} <= kinds
+    assert len(CASES) >= 50 and len(changes) >= 10
+    assert {("ddp", "fsdp2"), ("fsdp2", "ddp"), ("zero3", "zero2"), ("zero2", "zero3"), ("zero1", "zero1")} <= kinds

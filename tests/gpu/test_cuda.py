@@ -19,8 +19,8 @@ from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
 from trainer.model.attention import VARLEN, cached_attention, document_attention, varlen_attention
-from trainer.model.load import load_model, set_recompute
 from trainer.model.layers import FusedRMSNorm
+from trainer.model.load import load_model, set_recompute
 from trainer.model.nf4 import Format, NF4Linear, dequantize_weight, fingerprint, quantize_weight
 from trainer.model.swiglu import swiglu
 from trainer.model.weights import build_on_meta, random_tensor

@@ -34,12 +34,10 @@ def recipe(tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: 
     """A small random Llama in bfloat16, wide enough for the kernels' usual paths."""
     config = json.loads((toy_model_dir / "config.json").read_text())
     config |= {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "head_dim": 128}
-    for file in toy_model_dir.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def write(**sections: Any) -> Path:
-        model = {"path": str(tmp_path), "dtype": "bfloat16", "init": "random"}
+        model = {"path": str(tmp_path), "dtype": "bfloat16", "init": "random", "tokenizer": str(toy_model_dir)}
         made = toy_recipe(model=model, **sections).model_dump(mode="json", exclude_unset=True)
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(made))
@@ -61,7 +59,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_every_strategy_finds_the_losses_of_one_gpu(recipe: Callable[..., Path], tmp_path: Path, method: str) -> None:
     file = recipe(**METHODS[method], train={"max_steps": 4, "global_batch": {"rows": 3}, "micro_batch": 1})
     found = {}
-    for kind in ("single", "ddp", "fsdp2", "zero2", "zero3"):
+    for kind in ("single", "ddp", "fsdp2", "zero3"):
         gpus = "1" if kind == "single" else "2"
         process = start(file, tmp_path / kind, "--gpus", gpus, "--strategy.kind", kind)
         output, _ = process.communicate(timeout=180)

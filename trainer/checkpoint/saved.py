@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from trainer.checkpoint.layout import read_manifest
 from trainer.checkpoint.writing import explain
@@ -83,14 +84,29 @@ class SavedCheckpoint:
     @cached_property
     def _tensors(self) -> dict[str, TensorStorageMetadata]:
         try:
-            found = FileSystemReader(self.folder / TENSORS).read_metadata().state_dict_metadata
-        except (OSError, EOFError, ValueError) as error:
+            found = self._reader.read_metadata().state_dict_metadata
+        except (OSError, EOFError, ValueError, UnpicklingError) as error:
             raise PacktrainError(f"{self.folder / TENSORS}: no readable checkpoint: {error}") from error
         return {name: stored for name, stored in found.items() if isinstance(stored, TensorStorageMetadata)}
 
+    @cached_property
+    def _reader(self) -> _Reader:
+        return _Reader(self.folder / TENSORS)
+
     def _load(self, state: dict[str, torch.Tensor], alone: bool) -> None:
         try:
-            dcp.load(state, checkpoint_id=self.folder / TENSORS, no_dist=alone)
+            dcp.load(state, storage_reader=self._reader, no_dist=alone)
         except CheckpointException as error:
             told = f"{self.folder}: the checkpoint cannot be read into this model: {explain(error)}"
             raise PacktrainError(told) from error
+
+
+class _Reader(FileSystemReader):
+    """Reads once where each tensor lies: of a large model that takes seconds, and tensors are read one by one."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,23 @@ def finish_adapter(model: nn.Module) -> Finish:
 
 
 def finish_full(config: RunConfig, model_config: Any, tokenizer: Any) -> Finish:
-    """Adds config, tokenizer and generation settings, so that the checkpoint alone can become a model."""
+    """Adds config, tokenizer and generation settings, so that the checkpoint alone can become a model.
 
-    def finish(folder: Path, saved: SavedCheckpoint) -> None:
-        serving = folder / SERVING
-        own_config = copy.deepcopy(model_config)
-        own_config.dtype = getattr(torch, config.model.dtype)
+    They are made here and kept: at a save the training's thread may be using the tokenizer, and the hub be gone.
+    """
+    own_config = copy.deepcopy(model_config)
+    own_config.dtype = getattr(torch, config.model.dtype)
+    with tempfile.TemporaryDirectory(prefix="packtrain-serving-") as place:
+        serving = Path(place)
         own_config.save_pretrained(serving)
         write_serving_files(serving, config.model, own_config, tokenizer, config.data.template)
+        files = {path.relative_to(serving): path.read_bytes() for path in serving.rglob("*") if path.is_file()}
+
+    def finish(folder: Path, saved: SavedCheckpoint) -> None:
+        for name, data in files.items():
+            path = folder / SERVING / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
     return finish
 

@@ -50,9 +50,9 @@ class FullyShard(SingleProcess):
         self.mesh = self._build_mesh(self.device.type)
         self.shard_index = self.mesh.get_local_rank("shard")
         self._shard_group = self.mesh.get_group("shard")
-        # Moments in host memory are saved from there; only the mesh says where a DTensor's part lies.
-        at_home = self.home.type == self.device.type and not self.offload
-        self._state_mesh = self.mesh if at_home else self._build_mesh("cpu")
+        # For moments in host memory, paged ones of GPUs among them: only the mesh says where a DTensor's part lies, and
+        # what lies elsewhere is copied.
+        self._host_mesh = self.mesh if self.device.type == "cpu" else self._build_mesh("cpu")
 
     def shard(self, module: nn.Module) -> None:
         self.module = module
@@ -92,8 +92,9 @@ class FullyShard(SingleProcess):
 
     def wrap(self, name: str, local: torch.Tensor) -> torch.Tensor:
         whole: Any = self._trained[name]
+        mesh = self._host_mesh if local.device.type == "cpu" else self.mesh
         return DTensor.from_local(
-            local, self._state_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+            local, mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
     def _micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
