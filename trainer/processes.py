@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.launchers import World
+from trainer.errors import UserError
+from trainer.launchers import World, count_gpus
 
 T = TypeVar("T")
 # The watchdog ends a run that hangs; these time-outs only have to be longer than anything that is slow and well.
@@ -137,12 +138,50 @@ def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
-    """This process's GPU where there are GPUs, else the CPU."""
+    """This process's GPU where there are GPUs, else the CPU.
+
+    Raises:
+        UserError: GPUs that torch cannot use, or fewer than processes.
+    """
     if not torch.cuda.is_available():
+        if num_gpus := count_gpus(os.environ):
+            raise UserError(
+                "torch",
+                f"{torch.__version__} cannot use this host's {num_gpus} GPUs, and a CPU would take weeks",
+                "a torch built for CUDA, and a driver that is new enough for it",
+                "pip install torch from the CUDA index, or hide the GPUs: CUDA_VISIBLE_DEVICES=",
+            )
         return torch.device("cpu")
     # Fixed blocks that stay behind when sizes change cost gigabytes; read by torch at its first allocation.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    visible = torch.cuda.device_count()
     # srun may show each task its own GPU alone, which is then number 0.
-    index = local_rank if torch.cuda.device_count() > 1 else 0
+    index = local_rank if visible > 1 else 0
+    if index >= visible:
+        raise UserError(
+            "LOCAL_RANK",
+            f"{local_rank}, and this host shows {visible} GPUs",
+            f"0 to {visible - 1}",
+            "start one process a GPU",
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def check_own_gpus(processes: Processes) -> None:
+    """Refuses two processes on one GPU: NCCL would hang, or both run out of memory.
+
+    Raises:
+        UserError: on every process, naming the two.
+    """
+    gpu = torch.cuda.get_device_properties(processes.device).uuid if processes.device.type == "cuda" else None
+    seen: dict[object, int] = {}
+    for rank, uuid in enumerate(processes.gather(gpu and str(gpu))):
+        if uuid is not None and uuid in seen:
+            raise UserError(
+                "CUDA_VISIBLE_DEVICES",
+                f"ranks {seen[uuid]} and {rank} have the same GPU",
+                "one GPU for each process",
+                "start as many processes a host as it has GPUs; under srun: --gpus-per-task 1, or leave it out",
+            )
+        seen[uuid] = rank

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ from trainer.preflight import (
     result_bytes,
 )
 from trainer.probe import Choice, choose_micro_batch
-from trainer.processes import Processes, start_processes
+from trainer.processes import Processes, check_own_gpus, start_processes
 from trainer.recipe import dump_recipe
 from trainer.resume import check_identity, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
@@ -78,8 +79,9 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
     """
     run = RunDir(run_dir)
     with contextlib.ExitStack() as recorded:
+        stop = recorded.enter_context(StopRequest())
         with start_processes(world, needs_group(config)) as processes, _watched(run, processes) as watchdog:
-            tokenizer, stop = _train_together(config, run, processes, watchdog, recorded)
+            tokenizer = _train_together(config, run, processes, stop, watchdog, recorded)
         if world.rank == 0:
             _free_memory()
             _save_result(config, run, tokenizer)
@@ -87,9 +89,15 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
 
 
 def _train_together(
-    config: RunConfig, run: RunDir, processes: Processes, watchdog: Watchdog, recorded: contextlib.ExitStack
-) -> tuple[Any, StopRequest]:
-    """Everything that takes all processes. What has to be undone at the very end goes onto `recorded`."""
+    config: RunConfig,
+    run: RunDir,
+    processes: Processes,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    recorded: contextlib.ExitStack,
+) -> Any:
+    """Everything that takes all processes; gives the tokenizer. What is undone at the very end goes onto `recorded`."""
+    check_own_gpus(processes)
     check_trackers(config.tracking)
     check_recipe_unchanged(run, config)
     with watchdog.alone("preparing the data"):  # one process a host builds the cache, the others wait for its lock
@@ -112,15 +120,15 @@ def _train_together(
     identity = {"base": asdict(base), "data": splits.fingerprint}
     check_identity(run, identity)
 
-    stop = recorded.enter_context(StopRequest())
     if processes.is_first:
         recorded.enter_context(only_one_trainer(run))
     check_shared(run, processes)
     recorded.enter_context(_recorded(run, config, processes))
+    stop.hold_interrupts()
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
     _fit(config, run, tokenizer, splits, built.model, num_trained, strategy, identity, stop, watchdog)
-    return tokenizer, stop
+    return tokenizer
 
 
 def _load(config: RunConfig, built: BuiltModel, root: PackedCausalLM, strategy: Strategy, watchdog: Watchdog) -> Any:
@@ -179,6 +187,7 @@ def _fit(
         )
         if config.adapter:
             checkpoints.reserve(strategy.state_dict())
+        _stop_if_asked_while_loading(processes, stop, resumed)
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
@@ -188,6 +197,14 @@ def _fit(
         _announce_best(config, checkpoints, recorder, loop.state)
     if processes.is_first:
         run.write_state("running", loop.state.step, "trained; saving the result")
+
+
+def _stop_if_asked_while_loading(processes: Processes, stop: StopRequest, resumed: int | None) -> None:
+    (num_asked,) = processes.sum(int(stop.reason is not None))
+    if num_asked:
+        reason = stop.reason or "a signal to another process"
+        kept = f"step {resumed} is saved" if resumed else "there was nothing to save"
+        raise Preempted(f"stopped while loading by {reason}; {kept}, and the same command goes on from there")
 
 
 def _recorder(config: RunConfig, run: RunDir, processes: Processes, num_steps: int, resumed: int) -> Recorder:
@@ -230,9 +247,7 @@ def _choose_sizes(
     return choose_micro_batch(config.train, strategy, splits.train, packs_per_rank, config.data.pack_length, recompute)
 
 
-def _meter(
-    config: RunConfig, splits: Splits, model: Any, num_trained: int, processes: Processes
-) -> ThroughputMeter:
+def _meter(config: RunConfig, splits: Splits, model: Any, num_trained: int, processes: Processes) -> ThroughputMeter:
     shown = range(min(len(splits.train), 1000))
     attended = mean_attended_positions(len(ids) for index in shown for ids, _ in splits.train[index])
     flops = flops_per_token(model.config, config.method == "full", attended, num_trained if config.adapter else 0)
@@ -341,7 +356,12 @@ def _watched(run: RunDir, processes: Processes) -> Iterator[Watchdog]:
     with Watchdog(processes, run.logs, write_state) as watchdog:
         try:
             yield watchdog
-        except (Preempted, KeyboardInterrupt):  # all processes stop together
+        except KeyboardInterrupt:
+            raise
+        except Preempted as stop:
+            if processes.is_first:
+                _write_preempted(run, stop)
+            processes.barrier()  # the first one out may have the launcher end the others
             raise
         except BaseException as error:
             cause = watchdog.fail(error)  # another process may have been the first to fail
@@ -358,6 +378,8 @@ def _recorded(run: RunDir, config: RunConfig, processes: Processes) -> Iterator[
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
+        if processes.world_size > 1 and not processes.is_first:  # it alone has nothing to tell otherwise
+            logger.info("rank %d on %s, %s", processes.rank, socket.gethostname(), processes.device)
         with _state_recorded(run, config, handler) if processes.is_first else contextlib.nullcontext():
             processes.barrier()  # the recipe is there for all
             yield
@@ -376,7 +398,7 @@ def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) ->
         run.write_state("done", run.read_state()["step"])
         logger.info("done: %s", write_report(run))
     except Preempted as stop:
-        run.write_state("preempted", run.steps()[-1], str(stop))
+        _write_preempted(run, stop)
         raise
     except KeyboardInterrupt:
         run.write_state("cancelled", _last_step(run), "Ctrl-C twice")
@@ -393,6 +415,10 @@ def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) ->
             fix = "lower train.micro_batch or set train.recompute: full; then it goes on from the last checkpoint"
             raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
         raise
+
+
+def _write_preempted(run: RunDir, stop: Preempted) -> None:
+    run.write_state("preempted", max(run.steps(), default=0), str(stop))
 
 
 def _last_step(run: RunDir) -> int:

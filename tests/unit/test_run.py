@@ -172,7 +172,10 @@ def test_a_full_disk_is_named_and_can_be_mended(toy_recipe, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("where", "told"),
-    [("trainer.run.load_weights", r"model.path: .* does not fit"), ("trainer.loop.TrainLoop.train_step", "micro_batch")],
+    [
+        ("trainer.run.load_weights", r"model.path: .* does not fit"),
+        ("trainer.loop.TrainLoop.train_step", "micro_batch"),
+    ],
 )
 def test_a_full_gpu_is_named_with_what_to_do(toy_recipe, tmp_path, monkeypatch, where, told):
     def full(*_):
@@ -356,7 +359,6 @@ def test_wrong_input_leaves_no_run_dir(toy_recipe, tmp_path):
         with pytest.raises(UserError):
             train(toy_recipe(**wrong), tmp_path / "run")
         assert not (tmp_path / "run").exists()
-
 
 
 def test_metrics_lines_are_json_with_every_promised_field(toy_recipe, tmp_path):
