@@ -171,7 +171,8 @@ class TrainLoop:
             "micro_batch": self.micro_batch,
             "recompute": self.recompute,
         }
-        self.checkpoints.save(self.state.step, self.strategy.state_dict(), progress, is_best)
+        if not self.checkpoints.save(self.state.step, self.strategy.state_dict(), progress, is_best):
+            return
         stall = time.perf_counter() - started
         text = f"checkpoint of step {self.state.step}: training waited {stall:.2f} s"
         self.recorder.event(self.state.step, "checkpoint", text, seconds=stall)

@@ -329,6 +329,8 @@ def test_a_damaged_best_checkpoint_is_never_the_result(
     run: RunDir, recipe: dict[str, Any], tmp_path: Path, refuses: Refuses, caplog: pytest.LogCaptureFixture
 ) -> None:
     run.best.write_text("step_00000001\n")
+    newest = json.loads((run.step_dir(2) / "manifest.json").read_text())
+    (run.step_dir(2) / "manifest.json").write_text(json.dumps(newest | {"is_best": False}))
     flip_a_bit(run.step_dir(1) / "adapter" / "adapter_model.safetensors")
     path = write(tmp_path / "recipe.yaml", recipe)
     refuses(["train", path, "--run-dir", run.path], "the best checkpoint is damaged", status=EXIT_FAILURE)

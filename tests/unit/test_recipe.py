@@ -135,7 +135,7 @@ def test_unknown_fields_name_the_nearest(recipe: Path, line: str, nearest: str) 
         ("tracking: {project: 2024}", "2024", "text"),
         ("tracking: {project: 12e4567}", "12e4567", "text"),
         ("eval: {samples: hello}", '"hello"', "a list, each text"),
-        ("strategy: single", '"single"', "a section with kind"),
+        ("strategy: single", '"single"', "a section with kind, offload, reshard, shard_size"),
         ("optim: {lr: !!python/name:os.system x}", "the tag !!python/name:os.system", "plain YAML without tags"),
         ("optim: {lr: !!float x}", "x, which is no float", "plain YAML without tags"),
         ("eval: {samples: &a [*a]}", "", ""),

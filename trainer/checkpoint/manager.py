@@ -77,7 +77,7 @@ class CheckpointManager:
         """Makes host memory for states like this one, so that the first save does not have training wait for it."""
         self._staging.copy(state)
 
-    def save(self, step: int, state: Tensors, progress: dict[str, Any], is_best: bool = False) -> None:
+    def save(self, step: int, state: Tensors, progress: dict[str, Any], is_best: bool = False) -> bool:
         """Copies `state` to host memory and commits it in the background.
 
         Args:
@@ -85,15 +85,19 @@ class CheckpointManager:
             progress: JSON values a resumed run starts from (schedule, counters).
             is_best: point ``best`` at this checkpoint once it is committed.
 
+        Returns:
+            Whether there was something to save: a step is saved once.
+
         Raises:
             PacktrainError: the previous save failed, on whichever process.
         """
         self.wait()
         if self._on_first(lambda: self._is_there(step, is_best)):
-            return
+            return False
         staged = self._staging.copy(state)
         record = {"step": step, "progress": progress, "is_best": is_best, **self.identity}
         self._pending = self._background.submit(self._commit, step, staged, record)
+        return True
 
     def wait(self) -> None:
         """Returns when no save is under way on any process.

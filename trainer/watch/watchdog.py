@@ -1,7 +1,7 @@
 """Ends the run when one of its processes hangs, dies or diverges, and names it.
 
 Every process beats to rank 0 over a connection of its own, from a thread of its own: no collective can delay it. Rank 0
-compares the beats (`trainer.watch.verdict`) and tells all the same verdict; a closed connection is a process that ended:
+compares the beats (`verdict.py`) and tells all the same verdict; a closed connection is a process that ended:
 it shows at once. Only rank 0's own silence or end is judged by the others, each for itself.
 """
 
