@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -18,9 +19,11 @@ from trainer.errors import EXIT_DONE, EXIT_FAILURE, EXIT_TO_BE_RESUMED, EXIT_USE
 from trainer.launchers import LOOPBACK
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-# After the first failure: the watchdog needs up to half a minute to find and name who failed first.
+# After the first failure: the watchdog needs up to half a minute to find and name who failed first ...
 SECONDS_TO_END = 45.0
-SECONDS_TO_TERMINATE = 8.0  # from SIGTERM, or from the second Ctrl-C, to SIGKILL
+# ... but once rank 0 is gone, with whom it judges, only the seconds in which the others end by themselves.
+SECONDS_AFTER_RANK_0 = 12.0
+SECONDS_AFTER_SECOND_CTRL_C = 8.0
 POLL_SECONDS = 0.05
 LINES_SHOWN, TAIL_BYTES = 15, 1 << 14
 INTERRUPTED = {-signal.SIGINT, 128 + signal.SIGINT}
@@ -116,19 +119,21 @@ def run_processes(command: Sequence[str], num_processes: int, environ: Mapping[s
 def _wait(ranks: Sequence[Rank], received: Sequence[int]) -> tuple[Rank, int] | None:
     """Returns when all have ended, with the rank that failed first and its status."""
     first_failed: tuple[Rank, int] | None = None
-    deadlines: list[tuple[float, int]] = []
+    deadline = math.inf
     num_sent = 0
     while any(rank.status is None for rank in ranks):
+        now = time.monotonic()
         for number in received[num_sent:]:
             num_sent += 1
             _send(ranks, number)
             if number == signal.SIGINT and _is_impatient(received):
-                deadlines = [(time.monotonic() + SECONDS_TO_TERMINATE, signal.SIGKILL)]
+                deadline = min(deadline, now + SECONDS_AFTER_SECOND_CTRL_C)
         if first_failed is None and (first_failed := _find_failed(ranks, received)):
-            start = time.monotonic() + SECONDS_TO_END
-            deadlines = deadlines or [(start, signal.SIGTERM), (start + SECONDS_TO_TERMINATE, signal.SIGKILL)]
-        if deadlines and time.monotonic() > deadlines[0][0]:
-            _send(ranks, deadlines.pop(0)[1])
+            deadline = min(deadline, now + SECONDS_TO_END)
+        if first_failed and ranks[0].status is not None:
+            deadline = min(deadline, now + SECONDS_AFTER_RANK_0)
+        if now > deadline:
+            _send(ranks, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     return first_failed or _find_failed(ranks, received)
 

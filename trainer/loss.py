@@ -98,8 +98,10 @@ class PackedCausalLM(nn.Module):
             causal_lm = causal_lm.get_base_model()
         device_type = batch.input_ids.device.type
         with torch.autocast(device_type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            # In the matmuls' dtype whatever the table rests in, or the residual stream's would depend on the strategy.
+            embeddings = causal_lm.get_input_embeddings()(batch.input_ids).to(self.compute_dtype)
             hidden = causal_lm.model(
-                input_ids=batch.input_ids,
+                inputs_embeds=embeddings,
                 position_ids=batch.position_ids,
                 use_cache=False,
                 cu_seq_lens_q=batch.cu_seqlens,

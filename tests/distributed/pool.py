@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -46,17 +47,21 @@ class Pool:
 
     Args:
         size: number of ranks, all of one host.
+        on_gpus: one each, over NCCL; else the CPU over gloo, whatever the host has.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, on_gpus: bool = False) -> None:
         self.size = size
         self._folder = Path(tempfile.mkdtemp(prefix="packtrain-pool-"))
-        context, port = _context(), free_port()
+        context: Any = multiprocessing.get_context("spawn") if on_gpus else _context()  # CUDA cannot be forked
+        port = free_port()
         self._connections: list[Connection] = []
         self._workers = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, size, port, theirs, self._log(rank)), daemon=True)
+            worker = context.Process(
+                target=_serve, args=(rank, size, port, theirs, self._log(rank), on_gpus), daemon=True
+            )
             worker.start()
             theirs.close()
             self._connections.append(ours)
@@ -165,11 +170,14 @@ class Started:
 
     Args:
         folder: for what each rank says, ``said_<rank>.log``.
+        before: called with the rank in each process before it starts, at the top of a module.
     """
 
-    def __init__(self, size: int, arguments: list[str], folder: Path) -> None:
+    def __init__(
+        self, size: int, arguments: list[str], folder: Path, before: Callable[[int], None] | None = None
+    ) -> None:
         port, self.folder = free_port(), folder
-        self._ranks = [_start_rank(rank, size, port, arguments, folder) for rank in range(size)]
+        self._ranks = [_start_rank(rank, size, port, arguments, folder, before) for rank in range(size)]
 
     def kill(self) -> None:
         """SIGKILL to all of them, at once."""
@@ -194,19 +202,26 @@ class Started:
         return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(self.folder.glob("said_*.log")))
 
 
-def _start_rank(rank: int, size: int, port: int, arguments: list[str], folder: Path) -> BaseProcess:
+def _start_rank(
+    rank: int, size: int, port: int, arguments: list[str], folder: Path, before: Callable[[int], None] | None
+) -> BaseProcess:
     environ = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     variables = {name: str(value) for name, value in environ.items()}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = _context().Process(target=_main, args=(arguments, variables, folder / f"said_{rank}.log"), daemon=True)
+    log = folder / f"said_{rank}.log"
+    process = _context().Process(target=_main, args=(arguments, variables, log, rank, before), daemon=True)
     process.start()
     return process
 
 
-def _main(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+def _main(
+    arguments: list[str], variables: dict[str, str], log: Path, rank: int, before: Callable[[int], None] | None
+) -> None:
     _settle(log)
     os.environ.update(variables)
     sys.argv = ["trainer", *arguments]
+    if before:
+        before(rank)
     from trainer.__main__ import main
 
     sys.exit(main())
@@ -218,9 +233,9 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _serve(rank: int, size: int, port: int, connection: Connection, log: Path) -> None:
+def _serve(rank: int, size: int, port: int, connection: Connection, log: Path, on_gpus: bool) -> None:
     """A rank's life: joins the group, then answers calls until nobody calls any more."""
-    _settle(log)
+    _settle(log, on_gpus)
     import torch
 
     from trainer.launchers import World
@@ -241,15 +256,17 @@ def _serve(rank: int, size: int, port: int, connection: Connection, log: Path) -
             connection.send_bytes(answer)
 
 
-def _settle(log: Path) -> None:
-    """On the CPU whatever the host has; what a rank says, and the stacks it leaves, go to its own file."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def _settle(log: Path, on_gpus: bool = False) -> None:
+    """What a rank says, and the stacks it leaves, go to its own file."""
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     file = open(log, "w", buffering=1)  # noqa: SIM115 - as long as the process
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()  # DeepSpeed collects garbage again and again; a million imported objects are none
 
 
 def _end_with_parent() -> None:

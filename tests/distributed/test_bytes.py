@@ -44,7 +44,7 @@ def digest(*tensors: torch.Tensor) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         # A copy: storage that numpy has seen cannot be freed, as FSDP2 does with what it gathered.
-        hasher.update(tensor.detach().clone().view(-1).view(torch.uint8).numpy())
+        hasher.update(tensor.detach().clone().cpu().view(-1).view(torch.uint8).numpy())
     return hasher.hexdigest()
 
 
@@ -69,7 +69,7 @@ class Placed:
         if isinstance(owner, NF4Linear) and leaf in self._next:
             if leaf == "packed" or self.scales == "patterns":
                 whole = self._cut(leaf, whole)
-            self._note(owner, leaf, whole)
+            self._note(owner, leaf, whole, strategy.processes.device)
         strategy.place(owner, leaf, whole)
 
     def _cut(self, leaf: str, whole: torch.Tensor) -> torch.Tensor:
@@ -77,11 +77,11 @@ class Placed:
         self._next[leaf] += whole.numel()
         return PATTERNS[indices].view(whole.shape)
 
-    def _note(self, owner: NF4Linear, leaf: str, whole: torch.Tensor) -> None:
+    def _note(self, owner: NF4Linear, leaf: str, whole: torch.Tensor, device: torch.device) -> None:
         self.fingerprint.add(whole)
         self.pairs[leaf] |= set(whole.reshape(-1).view(torch.uint16).to(torch.int32).tolist())
         both = self.placed.setdefault(id(owner), {})
-        both[leaf] = whole
+        both[leaf] = whole.to(device)
         if len(both) == 2:
             with self.pristine:
                 dequantize_weight(both["packed"], both["scales"], owner.format, owner.compute_dtype)
@@ -126,15 +126,17 @@ def train_on_patterns(
 
 
 @pytest.fixture(scope="session")
-def wide_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config of a Llama whose 4-bit bytes, and whose scales, are more than all patterns take."""
-    folder = tmp_path_factory.mktemp("wide")
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=128, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=4
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    return folder
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Configs of Llamas whose 4-bit bytes (narrow), and whose scales too (wide), are more than all patterns take."""
+    folders = {}
+    for name, width in {"narrow": 192, "wide": 2816}.items():
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=128, intermediate_size=width, num_hidden_layers=2, num_attention_heads=4
+        )
+        config.architectures = ["LlamaForCausalLM"]
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        config.save_pretrained(folders[name])
+    return folders
 
 
 STRATEGIES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -154,7 +156,7 @@ CELLS = [
     pytest.param(*strategy, *case, id="-".join((name, *case)))
     for name, strategy in STRATEGIES.items()
     for case in CASES
-    if "zero" not in name or "float16" not in case
+    if ("zero" not in name or "float16" not in case) and ("three" not in name or case == CASES[2])
 ]
 
 
@@ -167,11 +169,11 @@ def test_bytes_stay_as_they_were_placed(
     dtype: str,
     pool: Pools,
     toy_recipe: Any,
-    wide_model_dir: Path,
+    model_dirs: dict[str, str],
     tmp_path: Path,
 ) -> None:
     config = toy_recipe(
-        model={"path": str(wide_model_dir), "init": "random", "dtype": dtype},
+        model={"path": model_dirs["wide" if scales == "patterns" else "narrow"], "init": "random", "dtype": dtype},
         adapter={"r": 2},
         quantization={"type": "nf4", "double_quant": scales == "double quantised"},
         strategy={"kind": kind},
@@ -205,10 +207,10 @@ def train_compiled(processes: Processes, config: RunConfig) -> tuple[float, floa
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("world_size", [2])
 def test_bytes_stay_when_modules_are_compiled(
-    world_size: int, kind: str, pool: Pools, toy_recipe: Any, wide_model_dir: Path
+    world_size: int, kind: str, pool: Pools, toy_recipe: Any, model_dirs: dict[str, str]
 ) -> None:
     config = toy_recipe(
-        model={"path": str(wide_model_dir), "init": "random"},
+        model={"path": model_dirs["narrow"], "init": "random"},
         adapter={"r": 2},
         quantization={"double_quant": False},
         strategy={"kind": kind},

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Run:
 
 
 def start(command: list[str], recipe: Path, run_dir: Path, *options: str) -> subprocess.Popen[str]:
-    """The launcher in a session of its own, on the CPU."""
+    """The launcher in a session of its own, on the CPU; Ctrl-C reaches it, even if these tests run under nohup."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_", "SLURM_"))}
     return subprocess.Popen(
         [*command, str(recipe), "--run-dir", str(run_dir), *options],
@@ -72,6 +73,7 @@ def start(command: list[str], recipe: Path, run_dir: Path, *options: str) -> sub
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -232,16 +234,19 @@ def test_a_preempted_run_goes_on_with_another_number_of_processes(long_recipe: P
     assert process.returncode == 75
 
 
-def test_a_killed_process_ends_the_run_within_a_minute_and_is_named(long_recipe: Path, tmp_path: Path) -> None:
-    process = start([*ALONE, "--gpus", "2"], long_recipe, tmp_path / "run")
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_ends_the_run_within_a_minute_and_is_named(
+    fault: signal.Signals, long_recipe: Path, tmp_path: Path
+) -> None:
+    process = start([*ALONE, "--gpus", "3"], long_recipe, tmp_path / "run")
     wait_for_step(process, tmp_path / "run")
     pids = children(process)
     started = time.monotonic()
-    os.kill(pids[1], signal.SIGKILL)
+    os.kill(pids[1], fault)
     run = finish(process, tmp_path / "run")
     assert run.status == 1
     assert time.monotonic() - started < 60
-    assert "rank 1 was killed by SIGKILL" in run.output
+    assert ("rank 1 was killed by SIGKILL" if fault == signal.SIGKILL else "rank 1 on host") in run.output
     assert run.state["state"] == "failed" and "rank 1" in run.state["reason"]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 

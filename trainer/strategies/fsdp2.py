@@ -22,7 +22,7 @@ from trainer.strategies.base import Fingerprint
 from trainer.strategies.single import SingleProcess
 
 CPU = torch.device("cpu")
-# torch 2.11 shards floating parameters only; what is sharded as bytes there is seen as 16-bit floats.
+# torch 2.11 shards floating parameters only; what is sharded as bytes there is seen as floats.
 SHARDS_BYTES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
@@ -31,7 +31,9 @@ class FullyShard(SingleProcess):
 
     Args:
         compute_dtype: of the matmuls; weights are gathered in it, gradients added up in float32.
-        bit_view: shard 4-bit bytes as a view in a floating dtype, which a cast would destroy and nothing casts.
+        bit_view: shard 4-bit bytes as a view in float32. A cast would destroy them, so nothing of such a model is
+            gathered in another dtype than it rests in. Not in a narrower one: on CUDA, FSDP2 collects what it sends by
+            ``torch._foreach_copy_``, which takes 16-bit floats through float32 and makes all NaNs one.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class FullyShard(SingleProcess):
     def shard(self, module: nn.Module) -> None:
         self.module = module
         self._trains_base = all(parameter.requires_grad for parameter in module.parameters())
-        if self.bit_view:
-            self._view_bytes_as_floats(module)
+        self._gather_dtype: torch.dtype | None = self.compute_dtype
+        if self.bit_view and any(parameter.dtype == torch.uint8 for parameter in module.parameters()):
+            _view_bytes_as_floats(module)
+            self._gather_dtype = None
         causal_lm: Any = module.get_submodule("model.base_model.model" if _is_peft(module) else "model")
         layers = list(causal_lm.model.layers)
         for layer in layers:
@@ -134,31 +138,30 @@ class FullyShard(SingleProcess):
         return init_device_mesh(device_type, (copies, self.num_shards), mesh_dim_names=("copy", "shard"))
 
     def _options(self) -> dict[str, Any]:
-        dtype = None if self.compute_dtype == torch.float32 else self.compute_dtype
+        policy = MixedPrecisionPolicy(self._gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         return {
             "mesh": self.mesh,
-            "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             if self.home != self.device
             else OffloadPolicy(),
         }
 
-    def _view_bytes_as_floats(self, module: nn.Module) -> None:
-        # In the dtype that weights are gathered in, so that gathering casts nothing.
-        dtype = torch.bfloat16 if self.compute_dtype == torch.float32 else self.compute_dtype
-        for owner in module.modules():
-            for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                if parameter.dtype != torch.uint8:
-                    continue
-                if parameter.shape[-1] % dtype.itemsize:
-                    raise UserError(
-                        "strategy.kind",
-                        f"fsdp2 with torch {torch.__version__}, and {leaf} of {parameter.shape[-1]} bytes a row",
-                        "an even number",
-                        "take torch 2.13, or strategy.kind: ddp",
-                    )
-                view = nn.Parameter(parameter.detach().view(dtype), requires_grad=False)
-                owner.register_parameter(leaf, view)
+
+def _view_bytes_as_floats(module: nn.Module) -> None:
+    for owner in module.modules():
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.dtype != torch.uint8:
+                continue
+            if parameter.shape[-1] % 4:
+                raise UserError(
+                    "strategy.kind",
+                    f"fsdp2 with torch {torch.__version__}, and {leaf} of {parameter.shape[-1]} bytes a row",
+                    "a multiple of 4",
+                    "take torch 2.13, or strategy.kind: ddp",
+                )
+            view = nn.Parameter(parameter.detach().view(torch.float32), requires_grad=False)
+            owner.register_parameter(leaf, view)
 
 
 def _is_peft(module: nn.Module) -> bool:
