@@ -20,8 +20,15 @@ def pool() -> Iterator[Pools]:
     pools.close()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts this folder's tests by their parameter `world_size`; those without come last."""
+    """Sorts this folder's tests by their parameter `world_size`; those without come last.
+
+    All that use the pool run in one of pytest-xdist's workers, beside which another has the rest.
+    """
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("pool"))
     places = [index for index, item in enumerate(items) if HERE in item.path.parents]
     ordered = sorted((items[index] for index in places), key=_world_size)
     for index, item in zip(places, ordered, strict=True):

@@ -62,15 +62,6 @@ def is_killed(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
     processes.barrier()
 
 
-def is_stopped(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
-    train(processes, watchdog)
-    watchdog.mark(3, "saving a checkpoint")
-    time.sleep(5 * LIMITS.beat)
-    if processes.rank == culprit:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    processes.barrier()
-
-
 def holds_pythons_lock(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
     train(processes, watchdog)
     watchdog.mark(3, "saving a checkpoint")
@@ -138,10 +129,6 @@ def diverges(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
         watchdog.observe(step, float("nan") if wrong else 1.5 * (1 + 1e-6 * processes.rank))
         processes.barrier()
         time.sleep(0.02)
-
-
-def is_well(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
-    train(processes, watchdog)
 
 
 def leaves_late(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
@@ -231,7 +218,7 @@ class Ended:
                 rank.start()
             self.pids = [rank.pid for rank in ranks]
             for number, rank in enumerate(ranks):
-                if number != culprit or life not in (is_stopped, holds_pythons_lock):  # these two cannot end
+                if number != culprit or life is not holds_pythons_lock:  # which cannot end
                     rank.join(40)
             self.seconds = time.monotonic() - started
             self.statuses = [rank.exitcode for rank in ranks]
@@ -264,9 +251,9 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path) -> None:
         assert all(named in text for text in ended.read("rank_{}.log").values())
 
 
-@pytest.mark.parametrize(("life", "culprit"), [(is_stopped, 0), (is_stopped, 1), (holds_pythons_lock, 1)])
-def test_a_rank_that_does_not_run_is_named(tmp_path: Path, life: Life, culprit: int) -> None:
-    ended = Ended(tmp_path, life, culprit)
+def test_a_rank_that_holds_pythons_lock_is_named_with_its_stack(tmp_path: Path) -> None:
+    culprit = 1
+    ended = Ended(tmp_path, holds_pythons_lock, culprit)
     logged = ended.read("rank_{}.log")
     assert list(logged) == ended.survivors
     for text in logged.values():
@@ -274,8 +261,7 @@ def test_a_rank_that_does_not_run_is_named(tmp_path: Path, life: Life, culprit: 
         assert "at step 3, in 'saving a checkpoint'" in text
     assert list(ended.read("stderr_{}")) == [min(ended.survivors)]
     assert [ended.statuses[rank] for rank in ended.survivors] == [1, 1]
-    if life is holds_pythons_lock:
-        assert life.__name__ in ended.read("rank_{}.stacks.txt")[culprit]
+    assert holds_pythons_lock.__name__ in ended.read("rank_{}.stacks.txt")[culprit]
 
 
 @pytest.mark.parametrize("life", [loops, sleeps_while_others_are_in_backward])
@@ -331,7 +317,7 @@ def test_a_diverged_rank_is_named_with_all_values(tmp_path: Path) -> None:
     assert ended.statuses == [1, 1, 1]
 
 
-@pytest.mark.parametrize("life", [is_well, leaves_late, works_alone, all_wait_long, all_work_long])
+@pytest.mark.parametrize("life", [leaves_late, works_alone, all_wait_long, all_work_long])
 def test_nothing_is_said_of_a_healthy_run(tmp_path: Path, life: Life) -> None:
     ended = Ended(tmp_path, life, 1)
     assert ended.statuses == [0, 0, 0]

@@ -95,7 +95,7 @@ def check(pool: Pools, world_size: int, config: RunConfig, accumulation: int, to
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("world_size", "kind", "accumulation"),
-    [(1, "zero3", 3), (2, "zero3", 1), (2, "zero3", 3), (3, "zero1", 2), (3, "zero2", 2), (3, "zero3", 2)],
+    [(1, "zero3", 3), (2, "zero3", 3), (3, "zero2", 2), (3, "zero3", 1)],
 )
 def test_it_trains_what_plain_transformers_train(
     world_size: int, kind: str, accumulation: int, method: str, pool: Pools, toy_recipe: Any, tmp_path: Path
@@ -105,7 +105,9 @@ def test_it_trains_what_plain_transformers_train(
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
-@pytest.mark.parametrize(("kind", "offload"), [*((kind, "optimizer") for kind in STAGES), ("zero3", "all")], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "offload"), [("zero1", "optimizer"), ("zero3", "optimizer"), ("zero3", "all")], ids=str
+)
 @pytest.mark.parametrize("world_size", [2])
 def test_state_in_host_memory(
     world_size: int, kind: str, offload: str, method: str, pool: Pools, toy_recipe: Any, tmp_path: Path
@@ -116,7 +118,7 @@ def test_state_in_host_memory(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
 @pytest.mark.parametrize("world_size", [2])
 def test_tied_embeddings(
     world_size: int, kind: str, method: str, pool: Pools, toy_recipe: Any, toy_tied_model_dir: Path, tmp_path: Path
@@ -219,30 +221,33 @@ class Kept:
 
 
 def stop_and_go_on(processes: Processes, config: RunConfig, keep_whole: int) -> list[str]:
-    """Names of what differs between 20 steps and 10, a checkpoint and 10 more; and losses that do."""
+    """Names of what differs between 12 steps and 6, a checkpoint and 6 more; and losses that do."""
     straight = build_zero(processes, config, keep_whole)
-    wanted = train(straight, range(20), 2).losses
+    wanted = train(straight, range(12), 2).losses
     first = build_zero(processes, config, keep_whole)
-    losses = train(first, range(10), 2).losses
+    losses = train(first, range(6), 2).losses
     kept = whole_state(first)
     second = build_zero(processes, config, keep_whole)
     train(second, range(15, 17))  # weights and moments of its own, to be replaced
     second.restore(Kept(kept))
     wrong = [f"restored {name}" for name, tensor in whole_state(second).items() if not torch.equal(tensor, kept[name])]
-    losses += train(second, range(10, 20), 2).losses
+    losses += train(second, range(6, 12), 2).losses
     ended = whole_state(straight)
     wrong += [name for name, tensor in whole_state(second).items() if not torch.equal(tensor, ended[name])]
     return wrong + ["losses"] * (losses != wanted)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sections", "keep_whole"),
-    [(2, {}, 10_000), (2, DROPOUT, 100_000), (2, {"model": {"dtype": "bfloat16"}}, 0), (3, {}, 0)],
-    ids=["full", "lora with dropout", "full in bfloat16", "full on three"],
-)
-@pytest.mark.parametrize("kind", STAGES)
+RESUMED: dict[str, tuple[str, int, dict[str, Any], int]] = {
+    **{f"{kind}, full": (kind, 2, {}, 10_000) for kind in STAGES},
+    **{f"{kind}, lora with dropout": (kind, 2, DROPOUT, 100_000) for kind in ("zero1", "zero3")},
+    **{f"{kind}, full in bfloat16": (kind, 2, {"model": {"dtype": "bfloat16"}}, 0) for kind in ("zero2", "zero3")},
+    "zero3, full on three": ("zero3", 3, {}, 0),
+}
+
+
+@pytest.mark.parametrize(("kind", "world_size", "sections", "keep_whole"), RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
-    world_size: int, kind: str, sections: dict[str, Any], keep_whole: int, pool: Pools, toy_recipe: Any
+    kind: str, world_size: int, sections: dict[str, Any], keep_whole: int, pool: Pools, toy_recipe: Any
 ) -> None:
     config = toy_recipe(**sections, strategy={"kind": kind})
     assert pool(world_size).run(stop_and_go_on, config, keep_whole) == [[]] * world_size
@@ -352,8 +357,16 @@ def probe_and_train(processes: Processes, config: RunConfig) -> list[str]:
     return [name for name, tensor in whole_state(probed).items() if not torch.equal(tensor, ended[name])]
 
 
-@pytest.mark.parametrize(("offload", "dtype"), [("none", "float32"), ("optimizer", "float32"), ("none", "bfloat16")])
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize(
+    ("kind", "offload", "dtype"),
+    [
+        ("zero1", "none", "bfloat16"),
+        ("zero2", "none", "float32"),
+        ("zero2", "optimizer", "float32"),
+        ("zero3", "optimizer", "float32"),
+        ("zero3", "none", "bfloat16"),
+    ],
+)
 @pytest.mark.parametrize("world_size", [2])
 def test_gradients_that_must_not_count(
     world_size: int, kind: str, offload: str, dtype: str, pool: Pools, toy_recipe: Any
@@ -392,7 +405,7 @@ def look_inside(processes: Processes, config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
 @pytest.mark.parametrize("world_size", [2])
 def test_evaluation_and_generation_see_the_trained_weights_and_change_nothing(
     world_size: int, kind: str, method: str, pool: Pools, toy_recipe: Any
