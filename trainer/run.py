@@ -8,12 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
-import shutil
-import socket
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,14 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.checkpoint.layout import RunDir, hash_file, read_manifest, write_atomically
+from trainer.checkpoint.layout import RunDir, hash_file, read_manifest
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.masking import load_template
 from trainer.data.prepare import Splits, load_splits, log_report
 from trainer.data.sampler import GlobalBatchSampler
-from trainer.errors import PacktrainError, Preempted, UserError
-from trainer.export.result import finish_adapter, finish_full, write_result
+from trainer.errors import Preempted, UserError
+from trainer.export.result import export_result, finish_adapter, finish_full
 from trainer.generate import answer_samples
 from trainer.launchers import World
 from trainer.loop import LoopState, TrainLoop
@@ -37,9 +32,7 @@ from trainer.loss import PackedCausalLM
 from trainer.metrics.meters import ThroughputMeter, device_peak_flops, flops_per_token, mean_attended_positions
 from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder, Silence
-from trainer.metrics.report import write_report
-from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers, read_metrics
-from trainer.model.adapter_files import ADAPTER_WEIGHTS
+from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights, set_recompute
 from trainer.model.nf4 import fingerprint
 from trainer.model.tokenizer import load_tokenizer
@@ -56,6 +49,7 @@ from trainer.preflight import (
 from trainer.probe import Choice, choose_micro_batch
 from trainer.processes import Processes, check_own_gpus, start_processes
 from trainer.recipe import dump_recipe
+from trainer.record import recorded, watched
 from trainer.resume import check_identity, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
@@ -78,14 +72,13 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
         PacktrainError: the run failed; ``state.json`` says why.
     """
     run = RunDir(run_dir)
-    with contextlib.ExitStack() as recorded:
-        stop = recorded.enter_context(StopRequest())
-        with start_processes(world, needs_group(config)) as processes, _watched(run, processes) as watchdog:
-            tokenizer = _train_together(config, run, processes, stop, watchdog, recorded)
+    with contextlib.ExitStack() as at_end:
+        stop = at_end.enter_context(StopRequest())
+        with start_processes(world, needs_group(config)) as processes, watched(run, processes) as watchdog:
+            tokenizer = _train_together(config, run, processes, stop, watchdog, at_end)
         if world.rank == 0:
             _free_memory()
-            _save_result(config, run, tokenizer)
-            _export(config, run, stop)
+            export_result(config, run, tokenizer, stop)
 
 
 def _train_together(
@@ -94,9 +87,9 @@ def _train_together(
     processes: Processes,
     stop: StopRequest,
     watchdog: Watchdog,
-    recorded: contextlib.ExitStack,
+    at_end: contextlib.ExitStack,
 ) -> Any:
-    """Everything that takes all processes; gives the tokenizer. What is undone at the very end goes onto `recorded`."""
+    """Everything that takes all processes; gives the tokenizer. What is undone at the very end goes onto `at_end`."""
     check_own_gpus(processes)
     check_trackers(config.tracking)
     check_recipe_unchanged(run, config)
@@ -121,9 +114,9 @@ def _train_together(
     check_identity(run, identity)
 
     if processes.is_first:
-        recorded.enter_context(only_one_trainer(run))
+        at_end.enter_context(only_one_trainer(run))
     check_shared(run, processes)
-    recorded.enter_context(_recorded(run, config, processes))
+    at_end.enter_context(recorded(run, config, processes))
     stop.hold_interrupts()
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
@@ -296,134 +289,6 @@ def _announce_best(config: RunConfig, checkpoints: CheckpointManager, recorder: 
     if best is not None and best != state.step:
         text = f"best weights taken: step {best}, validation loss {state.best_loss:.4f}"
         recorder.event(state.step, "best_loaded", text)
-
-
-def _save_result(config: RunConfig, run: RunDir, tokenizer: Any) -> None:
-    """Writes ``adapter/`` or ``model/`` from the best checkpoint, or the last where none is the best."""
-    best = run.best_step() if config.checkpoint.keep_best else None
-    write_result(run, best if best is not None else run.steps()[-1], config, tokenizer)
-
-
-def _export(config: RunConfig, run: RunDir, stop: StopRequest) -> None:
-    """Merges and verifies; what an earlier start merged from the same adapter is verified alone."""
-    if not (config.export.merge and config.adapter):
-        return
-    from trainer.export.merge import merge_adapter
-    from trainer.export.verify import verify_export
-
-    if run.merged.exists() and not _is_merge_of_result(config, run):
-        logger.info("%s is of another adapter or onto another base: merging anew", run.merged)
-        shutil.rmtree(run.merged)
-    if not run.merged.exists():
-        _stop_if_asked(stop, "merging")
-        run.write_state("running", run.read_state()["step"], "merging")
-        merged = merge_adapter(run.path, run.merged, config.export.base)
-        logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
-    if not config.export.verify:
-        return
-    _stop_if_asked(stop, "verifying")
-    run.write_state("running", run.read_state()["step"], "verifying")
-    proof = verify_export(run.merged)
-    logger.info(
-        "verified: %d tensors equal an independent merge; logits are off by %.2g%% of the adapter's effect (%s)",
-        proof.tensors,
-        100 * proof.logit_error,
-        proof.computed,
-    )
-
-
-def _is_merge_of_result(config: RunConfig, run: RunDir) -> bool:
-    """Whether ``merged/`` holds this very adapter, on the base that the recipe asks for now."""
-    record = read_manifest(run.merged)
-    base = config.export.base if config.quantization else "original"
-    merged = record.get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
-    return record.get("merged_onto") == base and merged == hash_file(run.adapter / ADAPTER_WEIGHTS)
-
-
-def _stop_if_asked(stop: StopRequest, before: str) -> None:
-    if stop.reason:
-        raise Preempted(f"trained, and stopped before {before} by {stop.reason}; the same command goes on from there")
-
-
-@contextlib.contextmanager
-def _watched(run: RunDir, processes: Processes) -> Iterator[Watchdog]:
-    """A watchdog over the processes; whatever ends this one is told to the others before it leaves."""
-
-    def write_state(message: str) -> None:
-        if run.read_state().get("state") == "running":
-            run.write_state("failed", _last_step(run), message)
-
-    with Watchdog(processes, run.logs, write_state) as watchdog:
-        try:
-            yield watchdog
-        except KeyboardInterrupt:
-            raise
-        except Preempted as stop:
-            if processes.is_first:
-                _write_preempted(run, stop)
-            processes.barrier()  # the first one out may have the launcher end the others
-            raise
-        except BaseException as error:
-            cause = watchdog.fail(error)  # another process may have been the first to fail
-            if cause is error:
-                raise
-            raise cause from error
-
-
-@contextlib.contextmanager
-def _recorded(run: RunDir, config: RunConfig, processes: Processes) -> Iterator[None]:
-    """From here on the run dir is ours: recipe, log files, and a ``state.json`` that says how it ended."""
-    run.logs.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run.logs / f"rank_{processes.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        if processes.world_size > 1 and not processes.is_first:  # it alone has nothing to tell otherwise
-            logger.info("rank %d on %s, %s", processes.rank, socket.gethostname(), processes.device)
-        with _state_recorded(run, config, handler) if processes.is_first else contextlib.nullcontext():
-            processes.barrier()  # the recipe is there for all
-            yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-@contextlib.contextmanager
-def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) -> Iterator[None]:
-    steps = run.steps()
-    run.write_state("running", steps[-1] if steps else 0, started=time.time(), pid=os.getpid())
-    write_atomically(run.recipe, dump_recipe(config))
-    try:
-        yield
-        run.write_state("done", run.read_state()["step"])
-        logger.info("done: %s", write_report(run))
-    except Preempted as stop:
-        _write_preempted(run, stop)
-        raise
-    except KeyboardInterrupt:
-        run.write_state("cancelled", _last_step(run), "Ctrl-C twice")
-        raise
-    except BaseException as error:
-        # To the log file alone: on the terminal whoever catches the error shows it.
-        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, str(error), (), sys.exc_info()))
-        with contextlib.suppress(OSError):  # the disk may be full
-            run.write_state("failed", _last_step(run), f"{type(error).__name__}: {error}")
-        if isinstance(error, OSError):
-            fix = "make room or mend the file system; the same command goes on from the last checkpoint"
-            raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
-        if isinstance(error, torch.OutOfMemoryError):
-            fix = "lower train.micro_batch or set train.recompute: full; then it goes on from the last checkpoint"
-            raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
-        raise
-
-
-def _write_preempted(run: RunDir, stop: Preempted) -> None:
-    run.write_state("preempted", max(run.steps(), default=0), str(stop))
-
-
-def _last_step(run: RunDir) -> int:
-    """The last step that was done, saved or not."""
-    return max((record["step"] for record in read_metrics(run.metrics) if record["kind"] == "step"), default=0)
 
 
 def _bytes_to_write(config: RunConfig, model: nn.Module) -> int:

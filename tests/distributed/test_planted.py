@@ -37,10 +37,11 @@ PLACES = {"loading": None, "step": 2, "save": 2, "evaluation": 2}
 def plant(place: str, fault: str, culprit: int, rank: int) -> None:
     """Has `fault` happen to `culprit` at `place`; runs in each process before the training starts."""
     import trainer.checkpoint.manager as manager
+    import trainer.record as record
     import trainer.run as run
     from trainer.loop import TrainLoop
 
-    run.Watchdog = partial(run.Watchdog, limits=LIMITS)  # type: ignore[misc, assignment]
+    record.Watchdog = partial(record.Watchdog, limits=LIMITS)  # type: ignore[misc, assignment]
     if rank != culprit:
         return
     if place == "loading":

@@ -117,18 +117,18 @@ def test_a_merge_onto_another_base_than_the_recipe_asks_for_is_made_anew(toy_rec
 def test_a_signal_after_the_last_step_stops_before_the_merge_and_the_next_start_merges(
     toy_recipe, tmp_path, monkeypatch
 ):
-    import trainer.run
+    from trainer.export import result
 
-    save_result = trainer.run._save_result
+    write_result = result.write_result
 
     def signalled(*arguments):
-        save_result(*arguments)
+        write_result(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     config = toy_recipe(adapter=LORA, export={"merge": True})
     run = RunDir(tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="before merging by SIGTERM"):
-        patch.setattr(trainer.run, "_save_result", signalled)
+        patch.setattr(result, "write_result", signalled)
         train(config, run.path)
     assert run.read_state()["state"] == "preempted" and not run.merged.exists()
     train(config, run.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,16 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.checkpoint.layout import RunDir, find_damage, folder_appears_when_complete
+from trainer.checkpoint.layout import RunDir, find_damage, folder_appears_when_complete, hash_file, read_manifest
 from trainer.checkpoint.result import is_run
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import RunConfig
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, Preempted
 from trainer.export.consolidate import SERVING, consolidate
 from trainer.export.serving import tokenizer_as_trained, write_serving_files
-from trainer.model.adapter_files import save_adapter
+from trainer.model.adapter_files import ADAPTER_WEIGHTS, save_adapter
+from trainer.preemption import StopRequest
 from trainer.recipe import load_recipe
 
+logger = logging.getLogger(__name__)
 Finish = Callable[[Path, SavedCheckpoint], None]
 
 
@@ -56,6 +59,43 @@ def finish_full(config: RunConfig, model_config: Any, tokenizer: Any) -> Finish:
             path.write_bytes(data)
 
     return finish
+
+
+def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequest) -> None:
+    """The adapter or model of a finished training; then, as the recipe asks, merged and verified.
+
+    It comes from the best checkpoint, or the last where none is the best. What an earlier start merged from the same
+    adapter is verified alone.
+
+    Raises:
+        Preempted: a signal asked to stop.
+    """
+    best = run.best_step() if config.checkpoint.keep_best else None
+    write_result(run, best if best is not None else run.steps()[-1], config, tokenizer)
+    if not (config.export.merge and config.adapter):
+        return
+    from trainer.export.merge import merge_adapter
+    from trainer.export.verify import verify_export
+
+    if run.merged.exists() and not _is_merge_of_result(config, run):
+        logger.info("%s is of another adapter or onto another base: merging anew", run.merged)
+        shutil.rmtree(run.merged)
+    if not run.merged.exists():
+        _stop_if_asked(stop, "merging")
+        run.write_state("running", run.read_state()["step"], "merging")
+        merged = merge_adapter(run.path, run.merged, config.export.base)
+        logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
+    if not config.export.verify:
+        return
+    _stop_if_asked(stop, "verifying")
+    run.write_state("running", run.read_state()["step"], "verifying")
+    proof = verify_export(run.merged)
+    logger.info(
+        "verified: %d tensors equal an independent merge; logits are off by %.2g%% of the adapter's effect (%s)",
+        proof.tensors,
+        100 * proof.logit_error,
+        proof.computed,
+    )
 
 
 def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any) -> None:
@@ -97,6 +137,19 @@ def full_checkpoint(source: Path) -> Path | None:
         return None
     best = run.best_step()
     return run.step_dir(best if best is not None else steps[-1])
+
+
+def _is_merge_of_result(config: RunConfig, run: RunDir) -> bool:
+    """Whether ``merged/`` holds this very adapter, on the base that the recipe asks for now."""
+    record = read_manifest(run.merged)
+    base = config.export.base if config.quantization else "original"
+    merged = record.get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
+    return record.get("merged_onto") == base and merged == hash_file(run.adapter / ADAPTER_WEIGHTS)
+
+
+def _stop_if_asked(stop: StopRequest, before: str) -> None:
+    if stop.reason:
+        raise Preempted(f"trained, and stopped before {before} by {stop.reason}; the same command goes on from there")
 
 
 def _consolidate_into(checkpoint: Path, folder: Path) -> None:
