@@ -21,7 +21,7 @@ from trainer.launchers import LOOPBACK
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # After the first failure: the watchdog needs up to half a minute to find and name who failed first ...
 SECONDS_TO_END = 45.0
-# ... but once rank 0 is gone, with whom it judges, only the seconds in which the others end by themselves.
+# ... but once rank 0 is gone, with whom it judges, or all others are, who is left may end by itself and no more.
 SECONDS_AFTER_RANK_0 = 12.0
 SECONDS_AFTER_SECOND_CTRL_C = 8.0
 POLL_SECONDS = 0.05
@@ -64,11 +64,10 @@ class Rank:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Ends this process and all that it has started, stopped ones too."""
-        if self.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        """Ends this process and all that it has started, stopped ones too; what it left behind if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def last_lines(self) -> str:
         """What it has written last in this run; empty where that is nothing, or went to the terminal."""
@@ -130,12 +129,20 @@ def _wait(ranks: Sequence[Rank], received: Sequence[int]) -> tuple[Rank, int] | 
                 deadline = min(deadline, now + SECONDS_AFTER_SECOND_CTRL_C)
         if first_failed is None and (first_failed := _find_failed(ranks, received)):
             deadline = min(deadline, now + SECONDS_TO_END)
-        if first_failed and ranks[0].status is not None:
+        if _nobody_waits(ranks, first_failed is not None, received):
             deadline = min(deadline, now + SECONDS_AFTER_RANK_0)
         if now > deadline:
             _send(ranks, signal.SIGKILL)
+            return first_failed  # who was killed here is no cause
         time.sleep(POLL_SECONDS)
     return first_failed or _find_failed(ranks, received)
+
+
+def _nobody_waits(ranks: Sequence[Rank], failed: bool, received: Sequence[int]) -> bool:
+    """Whether those that still run have nobody left to find a cause with, or to meet: one died of a signal in time."""
+    by_signal = {-number for number in received} | (INTERRUPTED if signal.SIGINT in received else set())
+    others_ended = ranks[0].status is not None or all(rank.status is not None for rank in ranks[1:])
+    return (failed and others_ended) or any(rank.status in by_signal for rank in ranks)
 
 
 def _is_impatient(received: Sequence[int]) -> bool:

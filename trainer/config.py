@@ -257,6 +257,13 @@ class RunConfig(Part):
             broken.append(f"strategy.offload steps on the host, and optim.name: {optim} is for GPUs. Set adamw")
         if self.strategy.shard_size and kind not in ("auto", "fsdp2"):
             broken.append(f"strategy.shard_size is for fsdp2, and strategy.kind is {kind}. Leave it out")
+        if not self.strategy.reshard and kind not in ("auto", "fsdp2"):
+            broken.append(f"strategy.reshard: false is for fsdp2, and strategy.kind is {kind}. Leave it out")
+        if kind.startswith("zero") and self.train.param_dtype != "float32" and not self.adapter:
+            broken.append(
+                f"strategy.kind: {kind} keeps masters and moments in float32, whatever train.param_dtype says. "
+                "Leave it out, or set strategy.kind: fsdp2"
+            )
         if kind.startswith("zero") and optim != "adamw":
             broken.append(
                 f"strategy.kind: {kind} cuts moments where bitsandbytes' {optim} cannot follow. "

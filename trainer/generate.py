@@ -103,6 +103,7 @@ def generate(
     batch_size: int = 32,
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
+    together: bool = False,
 ) -> list[str]:
     """Continues each prompt until a stop token or `max_new_tokens`.
 
@@ -114,6 +115,7 @@ def generate(
         batch_size: prompts in one forward.
         stop_ids: tokens that end an answer beside the tokenizer's and the model's own.
         streamer: receives tokens as they come (one prompt only).
+        together: all processes do this, and none stops before all can: they gather cut weights from one another.
 
     Returns:
         The answers without special tokens, in the order of the prompts.
@@ -126,7 +128,9 @@ def generate(
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
             inputs = _pad_left([prompt_ids[i] for i in chosen], settings.pad_token_id, next(model.parameters()).device)
-            output = model.generate(**inputs, generation_config=settings, streamer=streamer)  # type: ignore[operator]
+            output = model.generate(  # type: ignore[operator]
+                **inputs, generation_config=settings, streamer=streamer, synced_gpus=together
+            )
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
@@ -140,6 +144,7 @@ def answer_samples(
     prompts: Sequence[str],
     template: Template,
     max_new_tokens: int,
+    together: bool = False,
 ) -> list[str]:
     """Greedy answers in the middle of training: draws no random number and leaves the model's mode as it was."""
     was_training = model.training
@@ -147,7 +152,7 @@ def answer_samples(
     try:
         ids = [prompt_token_ids(prompt, template, tokenizer) for prompt in prompts]
         stop_ids = stop_token_ids(template, tokenizer)
-        return generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        return generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, together=together)
     finally:
         model.train(was_training)
 

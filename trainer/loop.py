@@ -127,8 +127,7 @@ class TrainLoop:
         num_tokens, num_trained = self.processes.sum(num_tokens, num_trained)
         lr = self.schedule.lr(step)
         self.strategy.module.train()
-        self._mark("forward and backward")
-        loss_sum = self.strategy.forward_backward(micro_batches, num_trained)
+        loss_sum = self.strategy.forward_backward(micro_batches, num_trained, self._mark_micro_batch)
         self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
         self.watchdog.observe(step, result.grad_norm)
@@ -163,6 +162,8 @@ class TrainLoop:
 
     def save(self, is_best: bool = False) -> None:
         """Starts a checkpoint of this step; training waits only while it is copied to host memory."""
+        if self.checkpoints.has_begun(self.state.step) and not is_best:
+            return  # by the evaluation before, a moment ago: waiting for it would stop the training
         self._mark("saving a checkpoint")
         started = time.perf_counter()
         progress = {
@@ -181,7 +182,6 @@ class TrainLoop:
         """Puts everything back to where the checkpoint of `step` was taken, by however many processes."""
         self._mark("restoring a checkpoint")
         saved = self.checkpoints.open(step)
-        self.strategy.allocate_optimizer()
         self.strategy.restore(saved)
         self.state = LoopState(**saved.progress["loop"])
         if self.config.checkpoint.keep_best and self.checkpoints.best_step() is None:
@@ -274,6 +274,9 @@ class TrainLoop:
         self.checkpoints.wait()
         self.recorder.event(self.state.step, "preempted", f"{reason}: checkpoint of step {self.state.step} saved")
         raise Preempted(f"stopped at step {self.state.step} by {reason}; the same command goes on from there")
+
+    def _mark_micro_batch(self, index: int) -> None:
+        self._mark(f"forward and backward of micro-batch {index + 1}")
 
     def _mark(self, activity: str) -> None:
         self.watchdog.mark(self.state.step, activity)

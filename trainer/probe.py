@@ -89,7 +89,7 @@ def _probe(
     pack_length: int,
     set_recompute: Callable[[bool], None],
 ) -> Choice:
-    total = torch.cuda.get_device_properties(strategy.device).total_memory
+    total = strategy.processes.min(torch.cuda.get_device_properties(strategy.device).total_memory)
     strategy.module.train()
     strategy.allocate_optimizer()
     needed = 0.0

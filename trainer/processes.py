@@ -83,6 +83,10 @@ class Processes:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
+    def min(self, value: float) -> float:
+        """The smallest `value` of any process."""
+        return -self.max(-value)
+
     def from_first(self, value: T) -> T:
         """Rank 0's `value` (anything that pickles) on every rank."""
         if self.world_size == 1:
@@ -123,6 +127,7 @@ def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
         url = f"tcp://{world.master_addr}:{world.master_port}"
         meeting = dist.rendezvous(url, world.rank, world.world_size, timeout=MEETING_TIMEOUT)
         store, rank, world_size = next(meeting)
+        check_own_gpus(store, rank, world_size, _uuid(device))
         dist.init_process_group(
             backend,
             store=store,
@@ -168,20 +173,28 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check_own_gpus(processes: Processes) -> None:
-    """Refuses two processes on one GPU: NCCL would hang, or both run out of memory.
+def check_own_gpus(store: dist.Store, rank: int, world_size: int, uuid: str) -> None:
+    """Refuses two processes on one GPU, before NCCL does in words of its own.
+
+    Args:
+        uuid: of this process's GPU; empty on the CPU.
 
     Raises:
         UserError: on every process, naming the two.
     """
-    gpu = torch.cuda.get_device_properties(processes.device).uuid if processes.device.type == "cuda" else None
-    seen: dict[object, int] = {}
-    for rank, uuid in enumerate(processes.gather(gpu and str(gpu))):
-        if uuid is not None and uuid in seen:
+    store.set(f"packtrain/gpu/{rank}", uuid)
+    seen: dict[str, int] = {}
+    for other in range(world_size):
+        found = store.get(f"packtrain/gpu/{other}").decode()
+        if found and found in seen:
             raise UserError(
                 "CUDA_VISIBLE_DEVICES",
-                f"ranks {seen[uuid]} and {rank} have the same GPU",
+                f"ranks {seen[found]} and {other} have the same GPU",
                 "one GPU for each process",
                 "start as many processes a host as it has GPUs; under srun: --gpus-per-task 1, or leave it out",
             )
-        seen[uuid] = rank
+        seen[found] = other
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -27,12 +28,7 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def watched(run: RunDir, processes: Processes) -> Iterator[Watchdog]:
     """A watchdog over the processes; whatever ends this one is told to the others before it leaves."""
-
-    def write_state(message: str) -> None:
-        if run.read_state().get("state") == "running":
-            run.write_state("failed", _last_step(run), message)
-
-    with Watchdog(processes, run.logs, write_state) as watchdog:
+    with Watchdog(processes, run.logs) as watchdog:
         try:
             yield watchdog
         except KeyboardInterrupt:
@@ -50,7 +46,7 @@ def watched(run: RunDir, processes: Processes) -> Iterator[Watchdog]:
 
 
 @contextlib.contextmanager
-def recorded(run: RunDir, config: RunConfig, processes: Processes) -> Iterator[None]:
+def recorded(run: RunDir, config: RunConfig, processes: Processes, watchdog: Watchdog) -> Iterator[None]:
     """From here on the run dir is ours: recipe, log files, and a ``state.json`` that says how it ended."""
     run.logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run.logs / f"rank_{processes.rank}.log")
@@ -61,6 +57,7 @@ def recorded(run: RunDir, config: RunConfig, processes: Processes) -> Iterator[N
             logger.info("rank %d on %s, %s", processes.rank, socket.gethostname(), processes.device)
         with _state_recorded(run, config, handler) if processes.is_first else contextlib.nullcontext():
             processes.barrier()  # the recipe is there for all
+            watchdog.on_end = partial(_write_failed, run)
             yield
     finally:
         logging.getLogger().removeHandler(handler)
@@ -94,6 +91,11 @@ def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) ->
             fix = "lower train.micro_batch or set train.recompute: full; then it goes on from the last checkpoint"
             raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
         raise
+
+
+def _write_failed(run: RunDir, message: str) -> None:
+    if run.read_state().get("state") == "running":
+        run.write_state("failed", _last_step(run), message)
 
 
 def _write_preempted(run: RunDir, stop: Preempted) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -47,7 +48,7 @@ from trainer.preflight import (
     result_bytes,
 )
 from trainer.probe import Choice, choose_micro_batch
-from trainer.processes import Processes, check_own_gpus, start_processes
+from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
 from trainer.record import recorded, watched
 from trainer.resume import check_identity, check_recipe_unchanged, only_one_trainer
@@ -90,7 +91,6 @@ def _train_together(
     at_end: contextlib.ExitStack,
 ) -> Any:
     """Everything that takes all processes; gives the tokenizer. What is undone at the very end goes onto `at_end`."""
-    check_own_gpus(processes)
     check_trackers(config.tracking)
     check_recipe_unchanged(run, config)
     with watchdog.alone("preparing the data"):  # one process a host builds the cache, the others wait for its lock
@@ -100,7 +100,8 @@ def _train_together(
         for name, report in splits.reports.items():
             log_report(name, report)
     check_same_everywhere(processes, {"recipe": dump_recipe(config), "data": splits.fingerprint})
-    built = build_model(config, processes.device)
+    with watchdog.alone("fetching and building the model"):
+        built = build_model(config, processes.device)
     if processes.is_first and not run.steps():
         check_disk_space(run.path, _bytes_to_write(config, built.model))
 
@@ -110,13 +111,16 @@ def _train_together(
     started = time.perf_counter()
     base = _load(config, built, root, strategy, watchdog)
     logger.info("base in place after %.1f s", time.perf_counter() - started)
+    watchdog.mark(0, "preparing to train")
+    check_same_everywhere(processes, {"model.path": json.dumps(asdict(base))})
     identity = {"base": asdict(base), "data": splits.fingerprint}
     check_identity(run, identity)
 
     if processes.is_first:
         at_end.enter_context(only_one_trainer(run))
-    check_shared(run, processes)
-    at_end.enter_context(recorded(run, config, processes))
+    with watchdog.alone("looking for the run dir"):
+        check_shared(run, processes)
+    at_end.enter_context(recorded(run, config, processes, watchdog))
     stop.hold_interrupts()
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
@@ -151,16 +155,18 @@ def _fit(
     processes = strategy.processes
     finish = finish_adapter(model) if config.adapter else finish_full(config, model.config, tokenizer)
     identity = identity | {"recipe": hash_file(run.recipe), "world_size": processes.world_size}
-    identity["strategy"] = type(strategy).__name__
-    checkpoints = CheckpointManager(run, config.checkpoint, identity, processes, finish)
-    resumed = checkpoints.newest_intact()
-    checkpoints.discard_after(resumed or 0)
+    identity["strategy"] = {"class": type(strategy).__name__, **config.strategy.model_dump()}
+    with watchdog.alone("checking the checkpoints"):  # every byte of the newest
+        checkpoints = CheckpointManager(run, config.checkpoint, identity, processes, finish)
+        resumed = checkpoints.newest_intact()
+        checkpoints.discard_after(resumed or 0)
 
     choice = _choose_sizes(config, run, resumed, strategy, splits, model, identity)
     sampler = _sampler(config, len(splits.train))
     num_steps = sampler.num_steps
-    recorder = _recorder(config, run, processes, num_steps, resumed or 0)
-    with contextlib.closing(recorder), contextlib.closing(checkpoints):
+    with watchdog.alone("starting the trackers"):
+        recorder = _recorder(config, run, processes, num_steps, resumed or 0)
+    with contextlib.closing(recorder), checkpoints, watchdog.telling():
         loop = TrainLoop(
             config=config,
             strategy=strategy,
@@ -174,7 +180,7 @@ def _fit(
             checkpoints=checkpoints,
             recorder=recorder,
             meter=_meter(config, splits, model, num_trained, processes),
-            answer_samples=_sampler_of_answers(config, tokenizer, model),
+            answer_samples=_sampler_of_answers(config, tokenizer, model, processes),
             stop=stop,
             watchdog=watchdog,
         )
@@ -226,7 +232,7 @@ def _choose_sizes(
     model: nn.Module,
     identity: dict[str, Any],
 ) -> Choice:
-    """A resumed run on as many processes keeps the sizes it began with where they are automatic."""
+    """A run resumed by as many processes, laid out alike, keeps the sizes it began with where they are automatic."""
     recompute = partial(set_recompute, model)
     if resumed is not None and config.train.micro_batch == "auto":
         manifest = read_manifest(run.step_dir(resumed))
@@ -248,14 +254,15 @@ def _meter(config: RunConfig, splits: Splits, model: Any, num_trained: int, proc
     return ThroughputMeter(flops, peak and peak * processes.world_size, processes.device)
 
 
-def _sampler_of_answers(config: RunConfig, tokenizer: Any, model: nn.Module) -> Any:
+def _sampler_of_answers(config: RunConfig, tokenizer: Any, model: nn.Module, processes: Processes) -> Any:
     template = load_template(config.data.template, tokenizer)
 
     def answers() -> list[tuple[str, str]]:
         prompts = config.eval.samples
         if not prompts:
             return []
-        found = answer_samples(model, tokenizer, prompts, template, config.eval.max_new_tokens)
+        together = processes.world_size > 1
+        found = answer_samples(model, tokenizer, prompts, template, config.eval.max_new_tokens, together)
         return list(zip(prompts, found, strict=True))
 
     return answers

@@ -12,16 +12,15 @@ def allocate(module: nn.Module, device: torch.device) -> None:
     All of it before the first tensor is read: what stays must not lie between the temporaries of what comes, or the
     allocator keeps the holes.
     """
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for leaf, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if not parameter.is_meta:
                 continue
-            if id(parameter) not in made:
+            if parameter not in made:
                 storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[id(parameter)] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
-                made[id(storage)] = parameter  # keeps the old one alive, so that its id is not given again
-            owner.register_parameter(leaf, made[id(parameter)])
+                made[parameter] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
+            owner.register_parameter(leaf, made[parameter])
 
 
 @torch.no_grad()

@@ -54,6 +54,18 @@ def train(processes: Processes, watchdog: Watchdog, steps: int = 3) -> None:
         watchdog.observe(step, 1.5)
 
 
+def raises_and_lingers(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
+    """As behind a long save: the error is there, and its process cannot leave."""
+    train(processes, watchdog)
+    if processes.rank == culprit:
+        try:
+            with watchdog.telling():
+                raise ValueError("a planted error")
+        finally:
+            time.sleep(60)
+    processes.barrier()
+
+
 def is_killed(processes: Processes, watchdog: Watchdog, culprit: int) -> None:
     train(processes, watchdog)
     watchdog.mark(3, "optimizer step")
@@ -184,8 +196,8 @@ def live(rank: int, port: int, logs: Path, life: Any, culprit: int) -> None:
     try:
         with contextlib.ExitStack() as stack:
             processes = stack.enter_context(start_processes(world, needs_group=True))
-            on_end = (logs / f"ended_{rank}").write_text
-            with Watchdog(processes, logs, on_end, LIMITS) as watchdog:  # type: ignore[arg-type]
+            with Watchdog(processes, logs, LIMITS) as watchdog:
+                watchdog.on_end = (logs / f"ended_{rank}").write_text  # type: ignore[assignment]
                 try:
                     life(processes, watchdog, culprit)
                 except BaseException as error:
@@ -287,6 +299,16 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, culprit: int) -> None:
     assert all(named in text for text in ended.read("rank_{}.log").values())
     # Rank 0's own error is told by whoever called it.
     assert list(ended.read("stderr_{}")) == ([0] if culprit else [])
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_error_is_told_while_the_process_is_still_on_its_way_out(tmp_path: Path, culprit: int) -> None:
+    ended = Ended(tmp_path, raises_and_lingers, culprit)
+    assert ended.seconds < LIMITS.stall + LIMITS.grace
+    spoken = ended.read("stderr_{}")
+    assert list(spoken) == [0] and list(ended.read("ended_{}")) == [0]
+    assert spoken[0].startswith(f"rank {culprit} on host {HOST}") and "ValueError: a planted error" in spoken[0]
+    assert ended.statuses == [1, 1, 1]
 
 
 def test_wrong_input_on_one_rank_is_the_users_error_on_all(tmp_path: Path) -> None:

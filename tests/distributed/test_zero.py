@@ -35,7 +35,7 @@ from trainer.model.load import build_model, load_weights, set_recompute
 from trainer.model.nf4 import fingerprint
 from trainer.optim import build_optimizer
 from trainer.processes import Processes
-from trainer.strategies.base import StateDict
+from trainer.strategies.base import StateDict, Strategy
 from trainer.strategies.zero import Zero
 
 PACKS = make_packs(20, seed=2)
@@ -64,7 +64,7 @@ def build_zero(processes: Processes, config: RunConfig, keep_whole: int = 0) -> 
     return strategy
 
 
-def train(zero: Zero, steps: Sequence[int], accumulation: int = 1, packs_per_step: int = 6) -> Trace:
+def train(zero: Strategy, steps: Sequence[int], accumulation: int = 1, packs_per_step: int = 6) -> Trace:
     rounds = -(-packs_per_step // zero.processes.world_size)
     micro_batch = -(-rounds // accumulation)
     return train_steps(zero, sampler(packs_per_step), PACKS, micro_batch, steps)
@@ -380,7 +380,9 @@ def test_gradients_that_must_not_count(
 def look_inside(processes: Processes, config: RunConfig) -> dict[str, Any]:
     """Evaluation and the causal LM called without the root, before the first step and between steps."""
     batch = collate(PACKS[:4])
-    zero, undisturbed = build_zero(processes, config), build_zero(processes, config)
+    make = build if config.strategy.kind == "fsdp2" else build_zero
+    zero, undisturbed = make(processes, config), make(processes, config)
+    bytes_before = zero.fingerprint()
     causal_lm: Any = zero.module.get_submodule("model")
     losses, logits = [], []
 
@@ -390,6 +392,7 @@ def look_inside(processes: Processes, config: RunConfig) -> dict[str, Any]:
             logits.append(causal_lm(input_ids=batch.input_ids[:, :5], use_cache=False).logits.float())
             losses.append(zero.module(batch).item())
             logits.append(causal_lm(input_ids=batch.input_ids[:, :5], use_cache=False).logits.float())
+        assert zero.fingerprint() == bytes_before
         zero.module.train()
 
     look()
@@ -405,13 +408,13 @@ def look_inside(processes: Processes, config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+@pytest.mark.parametrize(("kind", "reshard"), [("zero2", True), ("zero3", True), ("fsdp2", True), ("fsdp2", False)])
 @pytest.mark.parametrize("world_size", [2])
 def test_evaluation_and_generation_see_the_trained_weights_and_change_nothing(
-    world_size: int, kind: str, method: str, pool: Pools, toy_recipe: Any
+    world_size: int, kind: str, reshard: bool, method: str, pool: Pools, toy_recipe: Any
 ) -> None:
     sections, tolerance = METHODS[method]
-    config = toy_recipe(**sections, strategy={"kind": kind})
+    config = toy_recipe(**sections, strategy={"kind": kind, "reshard": reshard})
     first, second = pool(world_size).run(look_inside, config)
     (alone,) = pool(1).run(look_inside, toy_recipe(**sections, strategy={"kind": "zero1"}))
     for found in (first, second):

@@ -23,7 +23,8 @@ import os, sys
 from pathlib import Path
 from launch import local
 from trainer.errors import PacktrainError
-local.SECONDS_TO_END, local.SECONDS_AFTER_RANK_0, local.SECONDS_AFTER_SECOND_CTRL_C = 3.0, 1.0, 1.0
+local.SECONDS_TO_END = float(os.environ.get("SECONDS_TO_END", 3))
+local.SECONDS_AFTER_RANK_0 = local.SECONDS_AFTER_SECOND_CTRL_C = 1.0
 try:
     command = [sys.executable, "-c", Path("child.py").read_text()]
     sys.exit(local.run_processes(command, int(sys.argv[1]), os.environ, Path("logs")))
@@ -75,8 +76,15 @@ class Launch:
             **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams),  # type: ignore[call-overload]
             text=True,
             start_new_session=True,
-            preexec_fn=(lambda: take_terminal(terminal)) if terminal else None,
+            preexec_fn=lambda: self._begin(terminal),
         )
+
+    @staticmethod
+    def _begin(terminal: int | None) -> None:
+        """In the launcher's process: Ctrl-C counts there even if these tests run under nohup."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if terminal:
+            take_terminal(terminal)
 
     def pids(self) -> list[int]:
         """Of the children, when all have come up."""
@@ -279,6 +287,42 @@ def test_a_stopped_child_does_not_stay(launch: Callable[..., Launch]) -> None:
     status, _, err = run.ended()
     assert status == 1 and err.startswith("rank 1 ended with status 1")
     assert not any(map(is_alive, pids))
+
+
+def test_a_stopped_rank_0_does_not_stay(launch: Callable[..., Launch]) -> None:
+    run = launch("wait() if rank == 0 else (ready(), time.sleep(1), sys.exit(1))", 3, SECONDS_TO_END="60")
+    pids = run.pids()
+    os.kill(pids[0], signal.SIGSTOP)
+    started = time.monotonic()
+    status, _, err = run.ended()
+    assert status == 1 and "ended with status 1" in err
+    assert time.monotonic() - started < 15
+    assert not any(map(is_alive, pids))
+
+
+def test_a_rank_that_meets_nobody_after_a_signal_does_not_stay(launch: Callable[..., Launch]) -> None:
+    # Rank 0 dies of the signal as one would that is still importing; rank 1 catches it, and waits for rank 0.
+    run = launch("if rank == 1:\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwait()", 2)
+    run.pids()
+    run.process.send_signal(signal.SIGTERM)
+    status, _, err = run.ended()
+    assert status == 75 and err == ""
+
+
+def test_what_a_killed_rank_had_started_does_not_stay(launch: Callable[..., Launch], tmp_path: Path) -> None:
+    code = """
+import subprocess
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
+Path(f"helper_{rank}").write_text(str(helper.pid))
+ready()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(1)
+"""
+    run = launch(code, 2)
+    assert run.ended()[0] == 1
+    helpers = [int((tmp_path / f"helper_{rank}").read_text()) for rank in range(2)]
+    until(lambda: not any(map(is_alive, helpers)), 10)
 
 
 def test_rank_0_may_take_the_time_to_say_why(launch: Callable[..., Launch]) -> None:

@@ -207,7 +207,8 @@ def test_every_way_to_end_takes_less_than_a_minute() -> None:
 
 def test_alone_it_does_nothing(tmp_path: Path) -> None:
     error = ValueError("a failure")
-    with Watchdog(Processes(World(), torch.device("cpu")), tmp_path / "logs", pytest.fail) as watchdog:
+    with Watchdog(Processes(World(), torch.device("cpu")), tmp_path / "logs") as watchdog:
+        watchdog.on_end = pytest.fail
         watchdog.mark(1, "forward and backward")
         watchdog.observe(1, 1.0)
         with watchdog.alone("tokenising"):

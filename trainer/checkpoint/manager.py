@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint.layout import (
     MANIFEST,
+    STEP_NAME,
     UNFINISHED,
     RunDir,
     begin_folder,
@@ -71,11 +72,27 @@ class CheckpointManager:
         self._staging = Staging()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._begun: int | None = None
         self._on_first(self._remove_unfinished)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except PacktrainError as failure:
+            if error is None:
+                raise
+            logger.warning("%s", failure)  # what ends the run is another error
 
     def reserve(self, state: Tensors) -> None:
         """Makes host memory for states like this one, so that the first save does not have training wait for it."""
         self._staging.copy(state)
+
+    def has_begun(self, step: int) -> bool:
+        """Whether `step` is the one saved last, or being saved now."""
+        return step == self._begun
 
     def save(self, step: int, state: Tensors, progress: dict[str, Any], is_best: bool = False) -> bool:
         """Copies `state` to host memory and commits it in the background.
@@ -96,7 +113,7 @@ class CheckpointManager:
             return False
         staged = self._staging.copy(state)
         record = {"step": step, "progress": progress, "is_best": is_best, **self.identity}
-        self._pending = self._background.submit(self._commit, step, staged, record)
+        self._pending, self._begun = self._background.submit(self._commit, step, staged, record), step
         return True
 
     def wait(self) -> None:
@@ -247,7 +264,7 @@ class CheckpointManager:
         for leftover in self.run_dir.checkpoints.glob(f"step_*{UNFINISHED}"):
             shutil.rmtree(leftover)
         for folder in self.run_dir.checkpoints.glob("step_*"):
-            if not (folder / MANIFEST).exists():
+            if STEP_NAME.fullmatch(folder.name) and not (folder / MANIFEST).exists():
                 logger.warning("%s is missing: this checkpoint is of no use, and removed", folder / MANIFEST)
                 shutil.rmtree(folder)
         self._catch_up_best()

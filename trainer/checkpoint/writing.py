@@ -27,7 +27,12 @@ def write_tensors(tensors: Tensors, folder: Path, group: dist.ProcessGroup | Non
         PacktrainError: a process could not write; on all of them, naming it and the cause.
     """
     try:
-        dcp.save(tensors, storage_writer=_Writer(folder), process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(
+            tensors,
+            storage_writer=_Writer(folder, per_thread_copy_ahead=0),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
     except CheckpointException as error:
         raise PacktrainError(explain(error)) from error
 
@@ -76,7 +81,10 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 class _Writer(FileSystemWriter):
-    """Tells a full disk by its name: torch's serialiser only says that it is not where it should be in the file."""
+    """Tells a full disk by its name: torch's serialiser only says that it is not where it should be in the file.
+
+    Tensors lie in host memory. Copying ahead is for those of a GPU, and would wait for the training queued there.
+    """
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -96,7 +96,12 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], num_trained_tokens: int) -> torch.Tensor:
+    def forward_backward(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        num_trained_tokens: int,
+        on_micro_batch: Callable[[int], None] = lambda index: None,
+    ) -> torch.Tensor:
         """Accumulates the gradient of ``sum of losses / num_trained_tokens`` over all processes' micro-batches.
 
         Before each micro-batch torch's generators are seeded with its `PackedBatch.seed`, so that dropout is a
@@ -105,6 +110,7 @@ class Strategy(ABC):
         Args:
             micro_batches: this process's; as many on every process.
             num_trained_tokens: of the whole global batch, over all processes and micro-batches.
+            on_micro_batch: called with the index of each before it is computed.
 
         Returns:
             The global batch's summed loss, not divided; a scalar on the device, not synchronised.

@@ -64,7 +64,7 @@ def choose_kind(config: RunConfig, model: nn.Module, processes: Processes) -> Ki
         return "single"
     if processes.device.type != "cuda":
         return "ddp"
-    room = torch.cuda.get_device_properties(processes.device).total_memory
+    room = processes.min(torch.cuda.get_device_properties(processes.device).total_memory)
     kind: Kind = "ddp" if state_bytes(model, config) <= STATE_SHARE * room else "fsdp2"
     text = "strategy.kind auto: %s (weights, gradients and moments take %.1f GiB, a GPU has %.0f)"
     logger.info(text, kind, state_bytes(model, config) / 2**30, room / 2**30)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainer.config import StrategyConfig
@@ -85,13 +85,15 @@ class FullyShard(SingleProcess):
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         root: Any = self.module  # the layers gather themselves wherever they are called
+        root._get_fsdp_state()._lazy_init()  # else the first layer that is called would take itself for the root
         root.unshard()
         try:
             yield
         finally:
-            root.reshard()
+            self._reshard()
 
     def fingerprint(self) -> str | None:
+        self._reshard()
         return self._fingerprint(self.module, self._shard_group) if self._fingerprint else None
 
     def wrap(self, name: str, local: torch.Tensor) -> torch.Tensor:
@@ -119,8 +121,15 @@ class FullyShard(SingleProcess):
 
     def _square_sum(self, grads: list[torch.Tensor]) -> torch.Tensor:
         total = super()._square_sum(grads).to(self.device)
-        dist.all_reduce(total, group=self._shard_group)
-        return total
+        # Over the copies too, which hold the same: added up in another order it would clip them differently.
+        dist.all_reduce(total)
+        return total / (self.processes.world_size // self.num_shards)
+
+    def _reshard(self) -> None:
+        """Frees what was gathered; layers that are to stay so after a forward wait for a backward else."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _build_mesh(self, device_type: str) -> DeviceMesh:
         """Processes by copy and shard; neighbours, which share a host, share a copy."""

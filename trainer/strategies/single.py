@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,11 +52,17 @@ class SingleProcess(Strategy):
         self.optimizer = build_optimizer(self._masters.items(), min_8bit_size(shapes, self.num_shards))
         self.moments = Moments(self.optimizer, self._masters, self)
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], num_trained_tokens: int) -> torch.Tensor:
+    def forward_backward(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        num_trained_tokens: int,
+        on_micro_batch: Callable[[int], None] = lambda index: None,
+    ) -> torch.Tensor:
         loss_sum = torch.zeros((), device=self.device)
         # Engines average over processes; here every token counts the same.
         factor = self.scaler.scale * self.processes.world_size / max(1, num_trained_tokens)
         for index, batch in enumerate(micro_batches):
+            on_micro_batch(index)
             with self._micro_batch(is_last=index == len(micro_batches) - 1):
                 torch.manual_seed(batch.seed)
                 loss = self._forward(batch.to(self.device))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -156,11 +156,17 @@ class Zero(Strategy):
 
     # --------------------------------------------------------------------------------------------------- the step
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], num_trained_tokens: int) -> torch.Tensor:
+    def forward_backward(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        num_trained_tokens: int,
+        on_micro_batch: Callable[[int], None] = lambda index: None,
+    ) -> torch.Tensor:
         loss_sum = torch.zeros((), device=self.device)
         # DeepSpeed averages over processes; here every token counts the same.
         factor = self.processes.world_size / max(1, num_trained_tokens)
         for index, batch in enumerate(micro_batches):
+            on_micro_batch(index)
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             torch.manual_seed(batch.seed)
             loss = self.engine(batch.to(self.device))

@@ -155,7 +155,7 @@ class Hub(Line):
         peer = self._peers[ready]
         messages, alive = peer.receive()
         for message in messages:
-            if peer.rank is None and message.get("token") == self._token:
+            if peer.rank is None and isinstance(message, dict) and message.get("token") == self._token:
                 peer.rank = message["rank"]
             elif peer.rank is None:
                 alive = False

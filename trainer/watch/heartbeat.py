@@ -118,8 +118,7 @@ class Pulse:
 
     Args:
         gpu: number of this process's CUDA device among the visible ones; None on the CPU.
-        probe_after: seconds without a mark after which the GPU is asked whether it is busy. A query may spoil a
-            CUDA graph being captured, so the GPU is left alone while all goes well.
+        probe_after: seconds without a mark after which the GPU is asked whether it is busy.
     """
 
     def __init__(self, gpu: int | None, probe_after: float) -> None:

@@ -13,7 +13,7 @@ from trainer.watch.heartbeat import Beat, Failure
 
 @dataclass(frozen=True)
 class Limits:
-    """Times in seconds. Every way to end takes less than a minute: the longest is stall + 2 beats + grace.
+    """Times in seconds. Every way to end but `all_wait` takes less than a minute: probe + stall + 2 beats + grace.
 
     Attributes:
         beat: between two beats: a small message a rank, nothing to the network.
@@ -23,6 +23,8 @@ class Limits:
         settle: a first failure is named after this time, in which the same failure of all may be told.
         secondary: so long do errors of lost connections wait for their cause.
         stall: one process does not come to where all others wait.
+        probe: without progress, after which a GPU is asked whether it is busy. A query may spoil a CUDA graph being
+            captured, so the GPU is left alone while all goes well.
         all_wait: all wait in one place: a GPU's queue may hold minutes of work, so nobody can tell sooner.
         fail: the main thread waits for the cause of its own failure; longer than `secondary`.
         connect: for all to reach rank 0, and for a process that never does.
@@ -36,7 +38,8 @@ class Limits:
     suspect: float = 6.0
     settle: float = 1.0
     secondary: float = 20.0
-    stall: float = 40.0
+    stall: float = 35.0
+    probe: float = 4.0
     all_wait: float = 900.0
     fail: float = 30.0
     connect: float = 30.0

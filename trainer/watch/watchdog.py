@@ -23,7 +23,7 @@ from typing import TextIO
 from trainer.errors import EXIT_TO_BE_RESUMED, PacktrainError
 from trainer.processes import Processes
 from trainer.watch.beatline import Hub, Line, Spoke, open_listener
-from trainer.watch.heartbeat import Pulse, describe_failure
+from trainer.watch.heartbeat import Failure, Pulse, describe_failure
 from trainer.watch.verdict import Limits, Member, Verdict
 
 logger = logging.getLogger(__name__)
@@ -53,19 +53,21 @@ class Watchdog:
     Args:
         processes: of the run; their process group is used once, to exchange addresses.
         logs: folder of ``rank_N.log``; ``rank_N.stacks.txt`` beside it gets the stacks of all threads at the end.
+
+    Attributes:
         on_end: called with the message in the process that tells the user, in the watchdog's thread.
     """
 
-    def __init__(
-        self, processes: Processes, logs: Path, on_end: Callable[[str], None], limits: Limits | None = None
-    ) -> None:
-        self._processes, self._logs, self._on_end = processes, logs, on_end
+    on_end: Callable[[str], None] | None = None
+
+    def __init__(self, processes: Processes, logs: Path, limits: Limits | None = None) -> None:
+        self._processes, self._logs = processes, logs
         self._limits = limits or Limits()
         self._watches = processes.world_size > 1
         gpu = processes.device.index if self._watches and processes.device.type == "cuda" else None
-        self._pulse = Pulse(gpu, self._limits.stall / 4)
+        self._pulse = Pulse(gpu, self._limits.probe)
         self._verdict: Verdict | None = None
-        self._woke = 0.0
+        self._woke, self._asked = 0.0, False
         self._leaving, self._over = threading.Event(), threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -80,7 +82,7 @@ class Watchdog:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._watches:
             return
-        raised = self.fail(error) if error and not self._pulse.failure else error
+        raised = self.fail(error) if error and not self._asked else error
         self._leaving.set()
         self._line.wake()
         self._over.wait(2 * self._limits.drain + self._limits.leave)
@@ -107,16 +109,25 @@ class Watchdog:
         with self._pulse.alone(activity):
             yield
 
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error that leaves it is told to the others at once: what it passes on its way out may take minutes."""
+        try:
+            yield
+        except BaseException as error:
+            self._tell_others(error)
+            raise
+
     def fail(self, error: BaseException) -> BaseException:
         """The main thread failed: tells the others and waits to learn whether one of them is the cause.
 
         Returns:
             The error to raise here: `error`, or a `RankFailed` caused by it that names the culprit.
         """
-        if not self._watches or getattr(error, "exit_status", None) == EXIT_TO_BE_RESUMED:
-            return error  # all stop together in order to be resumed: nobody fails
-        self._pulse.failure = failure = describe_failure(error)
-        self._line.wake()
+        failure = self._tell_others(error)
+        if failure is None:
+            return error
+        self._asked = True
         if isinstance(error, KeyboardInterrupt) or not self._over.wait(self._limits.fail):
             return error
         verdict = self._verdict
@@ -127,6 +138,14 @@ class Watchdog:
         other = RankFailed(verdict.message, verdict.exit_status)
         other.__cause__ = error
         return other
+
+    def _tell_others(self, error: BaseException) -> Failure | None:
+        """None where nobody failed: all stop together in order to be resumed."""
+        if not self._watches or getattr(error, "exit_status", None) == EXIT_TO_BE_RESUMED:
+            return None
+        failure = self._pulse.failure = self._pulse.failure or describe_failure(error)
+        self._line.wake()
+        return failure
 
     @property
     def _stacks_path(self) -> Path:
@@ -182,6 +201,10 @@ class Watchdog:
                 logger.exception("watchdog: %s failed", step.__name__)
         self._over.set()
         time.sleep(max(0.0, deadline - time.monotonic()))
+        if verdict.speaker is None and self._processes.is_first:  # its main thread had the time to, and is stuck
+            print(verdict.message, file=sys.stderr, flush=True)
+            if self.on_end:
+                self.on_end(verdict.message)
         _flush_logs()
         os._exit(verdict.exit_status)
 
@@ -199,8 +222,8 @@ class Watchdog:
                 handler.handle(record)
 
     def _tell_owner(self, verdict: Verdict) -> None:
-        if self._processes.rank == verdict.speaker:
-            self._on_end(verdict.message)
+        if self._processes.rank == verdict.speaker and self.on_end:
+            self.on_end(verdict.message)
 
 
 def _flush_logs() -> None:
