@@ -48,6 +48,13 @@ def test_compute_dtype_is_the_quantization_s_or_the_model_s() -> None:
         ({"train": {"micro_batch": 9, "global_batch": {"rows": 8}}}, "train.micro_batch is 9"),
         ({"train": {"global_batch": {"rows": 8, "tokens": 9}}}, "give either tokens or rows"),
         ({"train": {"global_batch": {}}}, "give either tokens or rows"),
+        ({"strategy": {"kind": "ddp", "offload": "all"}}, "ddp does not cut. Set strategy.kind: fsdp2 or zero3"),
+        ({"strategy": {"offload": "optimizer"}, "optim": {"lr": 1e-4, "name": "adamw_8bit"}}, "is for GPUs. Set adamw"),
+        ({"strategy": {"kind": "zero3", "shard_size": 8}}, "shard_size is for fsdp2"),
+        ({"strategy": {"kind": "ddp", "reshard": False}}, "reshard: false is for fsdp2"),
+        ({"strategy": {"kind": "zero2"}, "optim": {"lr": 1e-4, "name": "adamw_8bit"}}, "or strategy.kind: fsdp2"),
+        ({"strategy": {"kind": "zero2"}, "train": {"param_dtype": "bfloat16"}}, "whatever train.param_dtype says"),
+        ({"strategy": {"kind": "zero1"}, "model": {"path": "m", "dtype": "float16"}}, "Set model.dtype: bfloat16"),
     ],
 )
 def test_rules_between_fields(sections: dict[str, Any], text: str) -> None:

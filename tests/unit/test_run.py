@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -133,6 +134,32 @@ def test_a_signal_after_the_last_step_stops_before_the_merge_and_the_next_start_
     assert run.read_state()["state"] == "preempted" and not run.merged.exists()
     train(config, run.path)
     assert run.read_state()["state"] == "done" and run.merged.exists()
+
+
+def test_training_goes_on_while_the_best_checkpoint_of_a_step_with_a_checkpoint_is_written(
+    toy_recipe, tmp_path, monkeypatch
+):
+    from trainer.export import result
+    from trainer.loop import TrainLoop
+
+    next_step = threading.Event()
+    train_step, waited = TrainLoop.train_step, []
+
+    def slow_finish(model):
+        return lambda folder, saved: waited.append(next_step.wait(20))
+
+    def note_step(loop):
+        train_step(loop)
+        if loop.state.step == 3:
+            next_step.set()
+
+    monkeypatch.setattr("trainer.run.finish_adapter", slow_finish)
+    monkeypatch.setattr(TrainLoop, "train_step", note_step)
+    monkeypatch.setattr(result, "write_result", lambda *arguments: None)
+    config = toy_recipe(adapter=LORA, train={"max_steps": 4}, eval={"every_steps": 2}, checkpoint={"every_steps": 2})
+    run = train(config, tmp_path / "run")
+    assert waited[0]  # the third step was made before the checkpoint of the second was whole
+    assert [record["step"] for record in records(run, "event") if record["event"] == "checkpoint"] == [2, 4]
 
 
 def test_a_resumed_run_recomputes_as_asked_now(toy_recipe, tmp_path):

@@ -77,7 +77,7 @@ def _shared_name(name: str, tensor: torch.Tensor) -> str | None:
 def _digest(tensor: torch.Tensor) -> str:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     data: Any = local.contiguous().view(-1).view(torch.uint8).numpy()
-    return blake3(data, max_threads=blake3.AUTO).hexdigest(length=16) + f" {list(local.shape)} {local.dtype}"
+    return blake3(data).hexdigest(length=16) + f" {list(local.shape)} {local.dtype}"
 
 
 class _Writer(FileSystemWriter):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,15 +301,26 @@ def _workers(
         yield lambda tasks: ((index, converter(task)) for index, task in tasks)
         return
     # Spawned, not forked: a process that has started threads (torch's, tokenizers') cannot be forked safely.
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(converter,))
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(converter,)
+    )
     with pool:
         yield lambda tasks: _map_in_order(pool, tasks, ahead=4 * num_workers)
 
 
 def _start_worker(converter: _Converter) -> None:
     global _converter
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already take every core
     _converter = converter
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _convert_in_worker(task: Task) -> Result:

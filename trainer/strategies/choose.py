@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,8 +17,10 @@ from trainer.strategies.base import Fingerprint, Strategy
 
 logger = logging.getLogger(__name__)
 Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-# Share of a GPU that weights, gradients and moments may take before they are cut: activations need the rest.
+# Share of a GPU that weights, gradients and moments may take before they are cut, for activations need the rest; and of
+# the host that its processes' copies of what is saved may take: each copies all that is not cut.
 STATE_SHARE = 0.5
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def build_strategy(config: RunConfig, model: nn.Module, processes: Processes, fingerprint: Fingerprint) -> Strategy:
@@ -65,21 +69,34 @@ def choose_kind(config: RunConfig, model: nn.Module, processes: Processes) -> Ki
     if processes.device.type != "cuda":
         return "ddp"
     room = processes.min(torch.cuda.get_device_properties(processes.device).total_memory)
-    kind: Kind = "ddp" if state_bytes(model, config) <= STATE_SHARE * room else "fsdp2"
-    text = "strategy.kind auto: %s (weights, gradients and moments take %.1f GiB, a GPU has %.0f)"
-    logger.info(text, kind, state_bytes(model, config) / 2**30, room / 2**30)
+    host_room = processes.min(host_memory())
+    on_gpu, saved = state_bytes(model, config)
+    copies = saved * processes.local_world_size
+    kind: Kind = "ddp" if on_gpu <= STATE_SHARE * room and copies <= STATE_SHARE * host_room else "fsdp2"
+    logger.info(
+        "strategy.kind auto: %s (uncut, weights, gradients and moments take %.1f of a GPU's %.0f GiB, "
+        "the processes' copies for checkpoints %.1f of a host's %.0f)",
+        kind,
+        *(size / 2**30 for size in (on_gpu, room, copies, host_room)),
+    )
     return kind
 
 
-def state_bytes(model: nn.Module, config: RunConfig) -> int:
-    """Bytes of weights, gradients and moments of an uncut model."""
+def state_bytes(model: nn.Module, config: RunConfig) -> tuple[int, int]:
+    """Bytes of an uncut model's weights, gradients and moments on a GPU, and of what a checkpoint saves of them."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    moments = 0 if config.strategy.offload != "none" else sum(p.numel() for p in trained) * 8
-    if config.optim.name.endswith("8bit"):
-        moments //= 4
-    return weights + gradients + moments
+    moments = sum(p.numel() for p in trained) * (2 if config.optim.name.endswith("8bit") else 8)
+    on_gpu = weights + gradients + (moments if config.strategy.offload == "none" else 0)
+    return on_gpu, gradients + moments
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process's host, or the job's share of it, has."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return physical if limit == "max" else min(physical, int(limit))
 
 
 def needs_group(config: RunConfig) -> bool:
