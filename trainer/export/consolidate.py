@@ -33,7 +33,7 @@ class ConsolidateReport:
     seconds: float
 
 
-def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:
+def consolidate(checkpoint: Path, out: Path, is_intact: bool = False) -> ConsolidateReport:
     """Writes a model folder (safetensors, index, config, tokenizer) of a full fine-tune's checkpoint.
 
     Needs neither a GPU nor the base nor the run around the checkpoint, and holds one tensor at a time.
@@ -41,6 +41,7 @@ def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:
     Args:
         checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
         out: appears only when complete.
+        is_intact: its bytes have been checked; else they are now.
 
     Raises:
         UserError: `out` exists, or `checkpoint` is of an adapter or no checkpoint at all.
@@ -49,7 +50,7 @@ def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:
     started = time.monotonic()
     if out.exists():
         raise UserError("--out", f"{out} exists", "a folder that does not exist yet", "remove it or name another")
-    _check(checkpoint)
+    _check(checkpoint, is_intact)
     saved = SavedCheckpoint(checkpoint)
     config = json.loads((checkpoint / SERVING / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
@@ -64,12 +65,12 @@ def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:
     return ConsolidateReport(out, saved.step, len(shapes), num_bytes, time.monotonic() - started)
 
 
-def _check(checkpoint: Path) -> None:
+def _check(checkpoint: Path, is_intact: bool) -> None:
     if not (checkpoint / TENSORS).is_dir():
         raise UserError(
             str(checkpoint), "no checkpoint", "a folder checkpoints/step_N of a run", "name the run dir, or one of them"
         )
-    if damage := find_damage(checkpoint):
+    if not is_intact and (damage := find_damage(checkpoint)):
         raise PacktrainError(f"the checkpoint is damaged: {damage}\n  fix: take another of the run's checkpoints")
     if not (checkpoint / SERVING / "config.json").is_file():
         raise UserError(

@@ -154,7 +154,7 @@ def _stop_if_asked(stop: StopRequest, before: str) -> None:
 
 def _consolidate_into(checkpoint: Path, folder: Path) -> None:
     folder.rmdir()
-    consolidate(checkpoint, folder)
+    consolidate(checkpoint, folder, is_intact=True)
 
 
 def _replace(final: Path, write: Callable[[Path], None]) -> None:

@@ -10,8 +10,9 @@ adapter or float32   8 + 12/N              4 + 16/N            20/N
 ===================  ====================  ==================  ==========
 
 A full fine-tune in bfloat16 computes with bfloat16 copies of the masters, which are also what is gathered; gradients
-are added up in float32. Elsewhere weights are float32, and DeepSpeed keeps masters apart from them all the same: an
-adapter is small. Its own `bf16` and `fp16` modes stay off, for they would cast every frozen weight.
+are added up in float32. DeepSpeed makes the masters of those copies: a base in float32 begins rounded to bfloat16 here,
+and under the other strategies does not. Elsewhere weights are float32, and DeepSpeed keeps masters apart from them all
+the same: an adapter is small. Its own `bf16` and `fp16` modes stay off, for they would cast every frozen weight.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -340,6 +342,8 @@ class _Holder(nn.Module):
 
 def _join_group(processes: Processes) -> None:
     """Has DeepSpeed use the processes' group and device, and speak through this program's log."""
+    # DeepSpeed's own calls of torch.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed_logger.handlers.clear()
     deepspeed_logger.propagate = True
     deepspeed_logger.addFilter(_is_news)
