@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg pyproject.toml
+	@echo "setting up $(VENV) with torch, transformers, deepspeed and the rest: some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from trainer.launcher_settings import adopt_launcher
 from trainer.launchers import count_gpus, read_world
 from trainer.recipe import load_recipe
 
-logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,8 +47,6 @@ def train(
     num_gpus = count_gpus(os.environ)
     num_processes = choose_num_processes(config, gpus, num_gpus)
     if num_processes > 1:
-        if not num_gpus:
-            logger.info("no GPU here: %d processes on the CPU, as a rehearsal", num_processes)
         _run_several(recipe, run_dir, overrides or {}, num_processes)
         return
     from trainer.run import train as run  # imports torch, which a wrong recipe need not wait for
@@ -71,7 +67,9 @@ def choose_num_processes(config: RunConfig, asked: int | None, num_gpus: int) ->
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         because = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
         raise UserError(
-            "--gpus", f"{asked}; this host has {num_gpus}{because}", f"1 to {num_gpus}" if num_gpus else "from 1"
+            "--gpus",
+            f"{asked}; this host has {num_gpus}{because}",
+            f"1 to {num_gpus}" if num_gpus else "a number of processes on the CPU, from 1",
         )
     if single and asked > 1:
         raise UserError(

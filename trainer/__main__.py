@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from trainer.checkpoint.layout import RunDir
-from trainer.errors import EXIT_DONE, PacktrainError, explain_os_error
+from trainer.errors import EXIT_DONE, EXIT_TO_BE_RESUMED, PacktrainError, explain_os_error
 from trainer.launcher_settings import adopt_launcher
 from trainer.launchers import World, read_world
 from trainer.recipe import load_recipe, split_overrides
@@ -81,7 +81,8 @@ def _tell(error: PacktrainError, world: World, run_dir: Path | None) -> None:
     if log and is_logged:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{error}\n")
-    if any(name in os.environ for name in EAGER_LAUNCHERS):
+    stops_in_order = error.exit_status == EXIT_TO_BE_RESUMED  # all have, together
+    if any(name in os.environ for name in EAGER_LAUNCHERS) and not stops_in_order:
         time.sleep(SECONDS_TO_SPEAK * (1 if world.local_rank == 0 else 1.5))  # or rank 0 is ended before it speaks
     if not is_logged:
         print(f"rank {world.rank} on {socket.gethostname()}: {error}", file=sys.stderr)

@@ -221,7 +221,8 @@ def _check_precision(config: RunConfig, environ: Mapping[str, str]) -> None:
         dtype = PRECISIONS.get(demand.value)
         if dtype == config.compute_dtype:
             continue
-        field = "quantization.compute_dtype" if config.quantization else "model.dtype"
+        own = config.quantization and config.quantization.compute_dtype
+        field = "quantization.compute_dtype" if own else "model.dtype"
         raise UserError(
             field,
             f"{config.compute_dtype}, and the launcher says {demand.value} ({demand.said}; {demand.key} in its config)",

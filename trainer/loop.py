@@ -175,6 +175,8 @@ class TrainLoop:
         if not self.checkpoints.save(self.state.step, self.strategy.state_dict(), progress, is_best):
             return
         stall = time.perf_counter() - started
+        if self.processes.is_first:
+            self.checkpoints.run_dir.write_state("running", self.state.step)
         text = f"checkpoint of step {self.state.step}: training waited {stall:.2f} s"
         self.recorder.event(self.state.step, "checkpoint", text, seconds=stall)
 

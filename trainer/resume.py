@@ -114,6 +114,17 @@ def only_one_trainer(run: RunDir) -> Iterator[None]:
         yield
 
 
+def check_nobody_trains(run: RunDir) -> None:
+    """Says so before minutes are spent on loading; `only_one_trainer` is what keeps two apart.
+
+    Raises:
+        UserError: another process trains in this run dir.
+    """
+    if (run.path / LOCK).exists():
+        with only_one_trainer(run):
+            pass
+
+
 def _open_lock(run: RunDir) -> TextIO:
     try:
         run.path.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ from trainer.probe import Choice, choose_micro_batch
 from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
 from trainer.record import recorded, watched
-from trainer.resume import check_identity, check_recipe_unchanged, only_one_trainer
+from trainer.resume import check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy, needs_group
@@ -93,6 +93,8 @@ def _train_together(
     """Everything that takes all processes; gives the tokenizer. What is undone at the very end goes onto `at_end`."""
     check_trackers(config.tracking)
     check_recipe_unchanged(run, config)
+    if processes.is_first:
+        check_nobody_trains(run)
     with watchdog.alone("preparing the data"):  # one process a host builds the cache, the others wait for its lock
         tokenizer = load_tokenizer(config.model)
         splits = load_splits(config, tokenizer)
@@ -155,7 +157,7 @@ def _fit(
     processes = strategy.processes
     finish = finish_adapter(model) if config.adapter else finish_full(config, model.config, tokenizer)
     identity = identity | {"recipe": hash_file(run.recipe), "world_size": processes.world_size}
-    identity["strategy"] = {"class": type(strategy).__name__, **config.strategy.model_dump()}
+    identity["strategy"] = config.strategy.model_dump() | {"kind": strategy.name}
     with watchdog.alone("checking the checkpoints"):  # every byte of the newest
         checkpoints = CheckpointManager(run, config.checkpoint, identity, processes, finish)
         resumed = checkpoints.newest_intact()
@@ -190,7 +192,7 @@ def _fit(
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
-        _announce(recorder, config, splits, num_trained, resumed, num_steps, choice, processes)
+        _announce(recorder, config, run, splits, num_trained, resumed, num_steps, choice, strategy)
         loop.fit()
         check_bytes(strategy, identity["base"]["nf4_fingerprint"], "after training")
         _announce_best(config, checkpoints, recorder, loop.state)
@@ -271,12 +273,13 @@ def _sampler_of_answers(config: RunConfig, tokenizer: Any, model: nn.Module, pro
 def _announce(
     recorder: Recorder,
     config: RunConfig,
+    run: RunDir,
     splits: Splits,
     num_trained: int,
     resumed: int | None,
     num_steps: int,
     choice: Choice,
-    processes: Processes,
+    strategy: Strategy,
 ) -> None:
     packs, report = len(splits.train), splits.reports["train"]
     if resumed is None:
@@ -286,9 +289,18 @@ def _announce(
         )
         recorder.event(0, "start", text)
     else:
-        recorder.event(resumed, "resume", f"resumed at step {resumed} of {num_steps}")
-    several = f", on {processes.world_size} processes" if processes.world_size > 1 else ""
+        before = read_manifest(run.step_dir(resumed))
+        saved_by = _on(before["strategy"]["kind"], before["world_size"])
+        recorder.event(resumed, "resume", f"resumed at step {resumed} of {num_steps}, saved by {saved_by}")
+    several = ""
+    if (world_size := strategy.processes.world_size) > 1:
+        rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
+        several = f", {_on(strategy.name, world_size)}{rehearsal}"
     recorder.event(resumed or 0, "micro_batch", f"{choice}{several}")
+
+
+def _on(kind: str, world_size: int) -> str:
+    return kind if world_size == 1 else f"{kind} on {world_size} processes"
 
 
 def _announce_best(config: RunConfig, checkpoints: CheckpointManager, recorder: Recorder, state: LoopState) -> None:

@@ -127,7 +127,7 @@ def check_equal(run: Run, reference: Run) -> None:
 def test_packtrain_train(recipe: Path, tmp_path: Path, of_one_process: Callable[[Path], Run]) -> None:
     run = launch([*ALONE, "--gpus", "2"], recipe, tmp_path / "run", "--train.log_every", "1")
     check_equal(run, of_one_process(recipe))
-    assert "no GPU here: 2 processes on the CPU" in run.output
+    assert "ddp on 2 processes on the CPU, as a rehearsal" in run.output
     assert "step 1/4" not in (tmp_path / "run" / "logs" / "rank_1.out").read_text()
 
 

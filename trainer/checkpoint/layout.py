@@ -85,8 +85,13 @@ class RunDir:
         return self.path / "report.html"
 
     def write_state(self, state: State, step: int, reason: str = "", **extra: Any) -> None:
-        """Records where the run stands; whoever watches it reads this file, not an exit status."""
-        record = {"state": state, "step": step, "reason": reason, **extra}
+        """Records where the run stands; whoever watches it reads this file, not an exit status.
+
+        Args:
+            extra: facts of this start (when, by which process), kept while it is running.
+        """
+        kept = {key: value for key, value in self.read_state().items() if key not in ("state", "step", "reason")}
+        record = {"state": state, "step": step, "reason": reason, **(kept if state == "running" else {}), **extra}
         write_atomically(self.state, json.dumps(record, indent=1) + "\n")
 
     def read_state(self) -> dict[str, Any]:

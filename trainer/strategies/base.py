@@ -66,11 +66,13 @@ class Strategy(ABC):
     `prepare` makes it ready to train.
 
     Attributes:
+        name: as `strategy.kind` has it.
         module: root module; ``module(batch)`` returns the summed loss of a `PackedBatch`.
         device: where batches are wanted.
         processes: this process among the others.
     """
 
+    name: str
     module: nn.Module
     device: torch.device
     processes: Processes

@@ -17,6 +17,8 @@ from trainer.strategies.single import SingleProcess
 class DataParallel(SingleProcess):
     """Weights, moments and frozen base replicated; needs a process group."""
 
+    name = "ddp"
+
     def prepare(self, build_optimizer: BuildOptimizer) -> None:
         super().prepare(build_optimizer)
         with warnings.catch_warnings():

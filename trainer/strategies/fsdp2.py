@@ -36,6 +36,8 @@ class FullyShard(SingleProcess):
             ``torch._foreach_copy_``, which takes 16-bit floats through float32 and makes all NaNs one.
     """
 
+    name = "fsdp2"
+
     def __init__(
         self,
         processes: Processes,

@@ -26,6 +26,7 @@ class SingleProcess(Strategy):
         fingerprint: of the 4-bit bytes of a module.
     """
 
+    name = "single"
     num_shards, shard_index = 1, 0
 
     def __init__(

@@ -78,6 +78,7 @@ class Zero(Strategy):
         keep_whole: int = 100_000,
     ) -> None:
         self.processes, self.device, self.config = processes, processes.device, config
+        self.name = kind
         self.stage, self.keep_whole = int(kind.removeprefix("zero")), keep_whole
         self._fingerprint = fingerprint
         _join_group(processes)
