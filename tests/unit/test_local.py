@@ -123,7 +123,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
 
 
 def take_terminal(terminal: int) -> None:
-    """Makes it the controlling terminal of this session, with this process in its foreground."""
+    """Makes it the controlling terminal, with this process in its foreground."""
     import fcntl
     import termios
 

@@ -95,8 +95,11 @@ class RunDir:
         write_atomically(self.state, json.dumps(record, indent=1) + "\n")
 
     def read_state(self) -> dict[str, Any]:
-        """The last recorded state; empty before the first."""
-        return json.loads(self.state.read_text()) if self.state.exists() else {}
+        """The last recorded state; empty before the first, and of a file that somebody else has written."""
+        try:
+            return dict(json.loads(self.state.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
 
     def best_name(self) -> str:
         """Name of the best checkpoint's folder; empty where none was noted."""
