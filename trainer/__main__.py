@@ -53,7 +53,8 @@ def _train() -> int:
         train(config, run_dir, world)
     except (PacktrainError, OSError) as failure:
         error = explain_os_error(failure) if isinstance(failure, OSError) else failure
-        _tell(error, world, run_dir)
+        if not error.told:
+            _tell(error, world, run_dir)
         return error.exit_status
     return EXIT_DONE
 
