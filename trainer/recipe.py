@@ -249,7 +249,8 @@ class Draft:
             self.add_problem(self.origin_of(loc), loc, rule)
         else:
             order, where = self.origin_of(about)
-            self.problems.append((order, UserError(where, rule)))
+            named = where == f"--{dotted(about)}"
+            self.problems.append((order, UserError(where, rule.removeprefix(f"{dotted(about)}: ") if named else rule)))
 
     def refuse(self, loc: Loc, found: str, allowed: str = "") -> None:
         """Adds a problem with the value at `loc`, which is then read as null."""
