@@ -99,14 +99,14 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
 
 @pytest.fixture(scope="module")
 def saved_on(pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Step 3 as written by 1, 2 and 3 processes."""
-    folders = {size: tmp_path_factory.mktemp(f"on{size}") for size in (1, 2, 3)}
+    """Step 3 as written by so many processes."""
+    folders = {size: tmp_path_factory.mktemp(f"on{size}") for size in (1, 2, 3, 4, 8)}
     for size, folder in folders.items():
         pool(size).run(save, folder, 3)
     return folders
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_what_some_processes_saved_any_number_loads(world_size: int, pool: Pools, saved_on: dict[int, Path]) -> None:
     for folder in saved_on.values():
         for whole, progress in pool(world_size).run(load, folder, 3):
@@ -320,7 +320,7 @@ def test_a_model_comes_out_the_same_whichever_processes_saved_it(pool: Pools, to
     for size in (1, 2, 3):
         pool(size).run(save_whole_model, tmp_path / f"run{size}", config)
         consolidate(RunDir(tmp_path / f"run{size}").step_dir(1), tmp_path / f"model{size}")
-    files = {(tmp_path / f"model{size}" / "model.safetensors").read_bytes() for size in (1, 2, 3)}
+    files = {(tmp_path / f"model{size}" / "model.safetensors").read_bytes() for size in (1, 2, 3, 4, 8)}
     assert len(files) == 1
     base, found = (load_file(f / "model.safetensors") for f in (Path(config.model.path), tmp_path / "model3"))
     assert_equal(found, base)
