@@ -123,7 +123,10 @@ def train_steps(
 
 
 def whole_state(strategy: Strategy) -> Tensors:
-    """Copies of `Strategy.state_dict`'s tensors, whole, on the CPU; on all ranks together."""
+    """Copies of `Strategy.state_dict`'s tensors, whole, on the CPU; on all ranks together.
+
+    Every rank must hold rows of every parameter: one without has no moments for it, and would not take part.
+    """
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
         for name, tensor in sorted(strategy.state_dict().items())

@@ -320,7 +320,7 @@ def test_a_model_comes_out_the_same_whichever_processes_saved_it(pool: Pools, to
     for size in (1, 2, 3):
         pool(size).run(save_whole_model, tmp_path / f"run{size}", config)
         consolidate(RunDir(tmp_path / f"run{size}").step_dir(1), tmp_path / f"model{size}")
-    files = {(tmp_path / f"model{size}" / "model.safetensors").read_bytes() for size in (1, 2, 3, 4, 8)}
+    files = {(tmp_path / f"model{size}" / "model.safetensors").read_bytes() for size in (1, 2, 3)}
     assert len(files) == 1
     base, found = (load_file(f / "model.safetensors") for f in (Path(config.model.path), tmp_path / "model3"))
     assert_equal(found, base)

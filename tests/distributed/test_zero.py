@@ -42,8 +42,8 @@ PACKS = make_packs(20, seed=2)
 STAGES = ["zero1", "zero2", "zero3"]
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({}, 1e-5),
-    "lora": ({"adapter": {"r": 4}}, 1e-5),
-    "qlora": ({"adapter": {"r": 4}, "quantization": {}}, 1e-4),
+    "lora": ({"adapter": {"r": 8}}, 1e-5),
+    "qlora": ({"adapter": {"r": 8}, "quantization": {}}, 1e-4),
 }
 DROPOUT = {"adapter": {"r": 4, "dropout": 0.2}}
 
@@ -264,13 +264,13 @@ def save_after(processes: Processes, config: RunConfig, folder: Path, steps: int
 
 def resume_and_train(processes: Processes, config: RunConfig, folder: Path, steps: int) -> tuple[StateDict, StateDict]:
     """State as restored, and after one more step."""
-    zero = build_zero(processes, config)
+    strategy = build_zero(processes, config) if config.strategy.kind.startswith("zero") else build(processes, config)
     checkpoints = CheckpointManager(RunDir(folder), config.checkpoint, {}, processes, lambda step, saved: None)
-    zero.restore(checkpoints.open(steps))
-    restored = whole_state(zero)
-    train(zero, range(steps, steps + 1))
+    strategy.restore(checkpoints.open(steps))
+    restored = whole_state(strategy)
+    train(strategy, range(steps, steps + 1))
     checkpoints.close()
-    return restored, whole_state(zero)
+    return restored, whole_state(strategy)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,8 @@ def resume_and_train(processes: Processes, config: RunConfig, folder: Path, step
         ("zero3", "zero1", "lora"),
         ("fsdp2", "zero3", "full"),
         ("ddp", "zero2", "lora"),
+        ("zero3", "fsdp2", "qlora"),
+        ("zero2", "ddp", "full"),
     ],
 )
 @pytest.mark.parametrize("world_size", [2])
