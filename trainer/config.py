@@ -6,12 +6,15 @@ A field is here because code reads it: a second way to set a thing is a defect.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+# SLURM's forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
+JOB_TIME = re.compile(r"(?:(?P<days>[0-9]{1,4})-)?(?P<clock>[0-9]{1,6}(?::[0-9]{1,2}){0,2})")
 
 
 class Part(BaseModel):
@@ -159,6 +162,9 @@ class TrainConfig(Part):
     recompute: Literal["auto", "none", "full"] = Field("auto", description="recompute activations in backward")
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
     log_every: int = Field(1, ge=1, description="steps between log lines (metrics.jsonl has every step)")
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="auto: GPUs where there are; cpu: a rehearsal on the CPU"
+    )
     seed: int = Field(42, description="seed of sample order, dropout and adapter weights")
 
 
@@ -193,6 +199,100 @@ class TrackingConfig(Part):
     project: str = Field("packtrain", description="project name for trackers that have one")
 
 
+def minutes_of(time: str) -> int:
+    """A job's time in minutes, rounded up as SLURM does.
+
+    Raises:
+        ValueError: no time in one of SLURM's forms, or none at all.
+    """
+    match = JOB_TIME.fullmatch(time)
+    if not match:
+        raise ValueError("a time is written 30 (minutes), 04:00:00, 2-00 or 2-12:00:00 (days first)")
+    clock = [int(part) for part in match["clock"].split(":")]
+    if match["days"]:
+        hours, minutes, seconds = clock + [0] * (3 - len(clock))
+    elif len(clock) == 3:
+        hours, minutes, seconds = clock
+    else:
+        hours, minutes, seconds = 0, *(clock + [0] * (2 - len(clock)))
+    total = ((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ValueError("a job of no time")
+    return -(-total // 60)
+
+
+def _one_line(text: str) -> str:
+    """Whatever goes into a job script stays on its line."""
+    if not text.isprintable() or not text.strip():
+        raise ValueError("text on one line, not empty")
+    return text
+
+
+def _job_time(text: str) -> str:
+    minutes_of(text)
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+# Options of sbatch that have a field of their own, or that a run's survival depends on.
+RESERVED_OPTIONS = frozenset(
+    (
+        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude"),
+        *("exclusive", "export", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"),
+        *("kill-on-invalid-dep", "mem", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode"),
+        *("output", "partition", "qos", "requeue", "signal", "time", "wrap"),
+    )
+)
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+
+
+class SlurmConfig(Part):
+    """What `packtrain submit` asks SLURM for. A cluster's profile is a file of these fields, laid underneath."""
+
+    partition: Line | None = Field(None, description="partition; default: the cluster's")
+    account: Line | None = Field(None, description="account that is charged")
+    qos: Line | None = Field(None, description="quality of service")
+    constraint: Line | None = Field(None, description="features that nodes must have")
+    exclude: list[Line] = Field([], description="nodes never to run on")
+    time: Annotated[str, AfterValidator(_job_time)] = Field(
+        "04:00:00", description="limit of one job; the run goes on in the next"
+    )
+    nodes: int = Field(1, ge=1, description="nodes")
+    gpus_per_node: int = Field(8, ge=0, description="GPUs a node, one process each; 0: one process a node on the CPU")
+    gpu_type: Line | None = Field(None, description="kind of GPU, as the cluster names it")
+    cpus_per_gpu: int | None = Field(None, ge=1, description="CPU cores for each process; default: the cluster's")
+    memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = Field(
+        None, description="host memory a node, such as 480G; 0: all of it; default: the cluster's"
+    )
+    exclusive: bool = Field(False, description="whole nodes, shared with no other job")
+    cpu_partition: Line | None = Field(None, description="partition of jobs that need no GPU; default: partition")
+    stop_seconds: int = Field(
+        120, ge=30, description="seconds before the limit at which the run saves and stops; SLURM may be 60 s early"
+    )
+    max_restarts: int = Field(100, ge=0, description="times the job is queued again before it is given up")
+    modules: list[Line] = Field([], description="environment modules to load")
+    setup: list[Line] = Field([], description="shell commands before the run, such as: conda activate packtrain")
+    env: dict[VariableName, Line] = Field({}, description="environment variables, such as NCCL_SOCKET_IFNAME: ib0")
+    python: Line | None = Field(
+        None, description="how nodes call Python, such as: apptainer exec --nv image.sif python; default: this one"
+    )
+    srun_args: list[Line] = Field([], description="further arguments of srun, such as --container-image=... for Pyxis")
+    sbatch: dict[OptionName, Line | int | bool] = Field(
+        {}, description="further options of sbatch by their long names, such as reservation: maintenance"
+    )
+
+    @property
+    def minutes(self) -> int:
+        """The limit of one job in minutes."""
+        return minutes_of(self.time)
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes a node."""
+        return max(1, self.gpus_per_node)
+
+
 class ExportConfig(Part):
     """What happens when training is done."""
 
@@ -217,6 +317,7 @@ class RunConfig(Part):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    slurm: SlurmConfig = SlurmConfig()
     export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
@@ -236,7 +337,7 @@ class RunConfig(Part):
                 f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
                 "lower micro_batch or raise global_batch"
             )
-        broken += self._strategy_rules()
+        broken += self._strategy_rules() + self._slurm_rules()
         if self.export.merge and not self.adapter:
             broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
         if not self.data.packing and self.train.global_batch.tokens is not None:
@@ -273,6 +374,18 @@ class RunConfig(Part):
             broken.append(
                 f"strategy.kind: {kind} computes in bfloat16 or float32 here. Set model.dtype: bfloat16, or kind: fsdp2"
             )
+        return broken
+
+    def _slurm_rules(self) -> list[str]:
+        slurm = self.slurm
+        broken = []
+        if slurm.minutes * 60 < 2 * slurm.stop_seconds:
+            broken.append(
+                f"slurm.time is {slurm.time}, and the run would stop {slurm.stop_seconds} s before its end. "
+                "Raise it, or lower slurm.stop_seconds"
+            )
+        if taken := sorted(RESERVED_OPTIONS & slurm.sbatch.keys()):
+            broken.append(f"slurm.sbatch sets {', '.join(taken)}, which submit sets by itself. Leave it out")
         return broken
 
     @property

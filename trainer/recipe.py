@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, SlurmConfig
 from trainer.errors import UserError
 from trainer.recipe_schema import (
     Loc,
@@ -28,9 +28,10 @@ from trainer.recipe_schema import (
 )
 from trainer.recipe_yaml import NULL, TEXT, compose, describe_error, dump, read_scalar
 
-__all__ = ["RecipeError", "dump_recipe", "json_schema", "load_recipe", "split_overrides"]
+__all__ = ["RecipeError", "dump_recipe", "json_schema", "load_profile", "load_recipe", "split_overrides"]
 
 Origin = tuple[int, str]  # place in the order of problems; file:line or --option
+SLURM = "slurm"
 LAST = 10**9  # overrides come after every line of the file
 
 
@@ -48,8 +49,8 @@ class RecipeError(UserError):
         self.args = ("\n".join([*heading, *map(str, problems)]),)
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Reads a recipe and lays overrides over it.
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None, cluster: Path | None = None) -> RunConfig:
+    """Reads a recipe, lays a cluster's profile under its ``slurm`` section and overrides over all of it.
 
     Values are taken strictly: ``"5"`` is not a number and 5 is not text. Relative paths inside a recipe (model, data,
     template) are relative to the current folder, not to the recipe's.
@@ -59,6 +60,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
         overrides: dotted field -> value, such as ``{"optim.lr": "1e-4", "data.train[0].path": "my.jsonl"}``. Text is
             read as YAML, except where the field takes nothing but text; other values are taken as they are. A section
             that the recipe lacks is created.
+        cluster: a YAML file of `SlurmConfig`'s fields; what the recipe says itself counts more.
 
     Raises:
         UserError: there is no mapping to read: missing file, not YAML, empty.
@@ -66,13 +68,23 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
             found and what is allowed. Rules between fields are judged when each field by itself is right.
     """
     draft = Draft(Path(path))
+    if cluster:
+        draft.lay_under(cluster, SLURM)
     for name, value in (overrides or {}).items():
         draft.override(name, value)
-    config = draft.validate()
-    if config is None or draft.problems:
-        problems = sorted(draft.problems, key=lambda item: item[0])
-        raise RecipeError(draft.path, [problem for _, problem in problems])
-    return config
+    return draft.finish()
+
+
+def load_profile(path: Path) -> SlurmConfig:
+    """Reads a cluster's profile by itself.
+
+    Raises:
+        UserError, RecipeError: as `load_recipe`.
+    """
+    nothing = {"model": {"path": "any"}, "data": {"train": [{"path": "any", "format": "text"}]}}
+    draft = Draft(Path(path), (SLURM,))
+    draft.data = nothing | {SLURM: draft.data}
+    return draft.finish().slurm
 
 
 def split_overrides(tokens: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -122,14 +134,29 @@ class Draft:
         refused: values that are wrong already, before their field is asked.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, loc: Loc = ()) -> None:
+        """Reads a file, which holds the section at `loc`."""
         self.path = path
         self.origins: dict[Loc, Origin] = {}
         self.texts: dict[Loc, str] = {}
         self.problems: list[tuple[int, UserError]] = []
         self.refused: set[Loc] = set()
         node = _compose_file(path)
-        self.data: dict[str, Any] = self.read(node, (), lambda line: (line, f"{path}:{line}"))
+        self.data: dict[str, Any] = self.read(node, loc, lambda line: (line, f"{path}:{line}"))
+
+    def lay_under(self, path: Path, section: str) -> None:
+        """Takes what `section` leaves open from a file of that section alone."""
+        under = Draft(path, (section,))
+        own = self.data.get(section)
+        if own is not None and not isinstance(own, dict):
+            return  # wrong by itself
+        taken = under.data.keys() - (own or {}).keys()
+        self.data[section] = {**under.data, **(own or {})}
+        self.origins.setdefault((section,), under.origins[(section,)])
+        self.origins |= {loc: origin for loc, origin in under.origins.items() if taken.intersection(loc[1:2])}
+        self.texts |= {loc: text for loc, text in under.texts.items() if taken.intersection(loc[1:2])}
+        self.refused |= {loc for loc in under.refused if taken.intersection(loc[1:2])}
+        self.problems += under.problems
 
     def read(
         self, node: yaml.Node, loc: Loc, origin: Callable[[int], Origin], above: tuple[yaml.Node, ...] = ()
@@ -211,6 +238,18 @@ class Draft:
         if only_text and (node is None or node.tag not in (TEXT, NULL)):
             return text
         return None if node is None else self.read(node, loc, lambda _: self.origins[loc])
+
+    def finish(self) -> RunConfig:
+        """The config.
+
+        Raises:
+            RecipeError: all that is wrong.
+        """
+        config = self.validate()
+        if config is None or self.problems:
+            problems = sorted(self.problems, key=lambda item: item[0])
+            raise RecipeError(self.path, [problem for _, problem in problems])
+        return config
 
     def validate(self) -> RunConfig | None:
         """The config, or None and what is wrong in `problems`."""
