@@ -44,7 +44,7 @@ def train(
         )
     config = adopt_launcher(load_recipe(recipe, overrides), os.environ, world)
     run_dir = run_dir or Path("runs") / recipe.stem
-    num_gpus = count_gpus(os.environ)
+    num_gpus = count_gpus(os.environ) if config.train.device == "auto" else 0
     num_processes = choose_num_processes(config, gpus, num_gpus)
     if num_processes > 1:
         _run_several(recipe, run_dir, overrides or {}, num_processes)

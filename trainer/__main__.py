@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from trainer.checkpoint.layout import RunDir
 from trainer.errors import EXIT_DONE, EXIT_TO_BE_RESUMED, PacktrainError, explain_os_error
 from trainer.launcher_settings import adopt_launcher
-from trainer.launchers import World, read_world
+from trainer.launchers import World, host_name, read_world
 from trainer.recipe import load_recipe, split_overrides
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -86,7 +85,7 @@ def _tell(error: PacktrainError, world: World, run_dir: Path | None) -> None:
     if any(name in os.environ for name in EAGER_LAUNCHERS) and not stops_in_order:
         time.sleep(SECONDS_TO_SPEAK * (1 if world.local_rank == 0 else 1.5))  # or rank 0 is ended before it speaks
     if not is_logged:
-        print(f"rank {world.rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+        print(f"rank {world.rank} on {host_name(os.environ)}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

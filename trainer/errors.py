@@ -1,6 +1,7 @@
 """Errors that users read, and the exit status each ends the program with."""
 
 import errno
+from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -13,6 +14,7 @@ class PacktrainError(Exception):
 
     exit_status = EXIT_FAILURE
     told = False  # whether the user has seen it already
+    blamed = ""  # host whose machine is at fault
 
 
 class UserError(PacktrainError):
@@ -35,6 +37,24 @@ class UserError(PacktrainError):
         if fix:
             lines.append(f"  fix: {fix}")
         super().__init__("\n".join(lines))
+
+
+class PreflightFailed(PacktrainError):
+    """The processes cannot compute together, found before they began.
+
+    Args:
+        blamed: host at fault; empty where it is no machine's, or nobody can tell which one's.
+    """
+
+    def __init__(self, message: str, blamed: str = "") -> None:
+        super().__init__(message)
+        self.blamed = blamed
+
+
+def only(hosts: Iterable[str]) -> str:
+    """The one host that is named; empty where none is, or several are: what machines have in common is no fault."""
+    named = set(hosts) - {""}
+    return named.pop() if len(named) == 1 else ""
 
 
 # What a user can correct by naming another path; anything else, such as a full disk, is a failure.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 # Ports that srun's processes meet at: unprivileged, and below those that systems hand out by themselves.
 FIRST_PORT, NUM_PORTS = 20000, 12000
+# From one start of a job to the next: a node that was given up for lost may still run the processes of the last one.
+PORTS_A_RESTART = 1009
+MANY = 1 << 20  # GPUs, more than any host has
 START_ALL = (
     "start all processes by one launcher: packtrain train RECIPE --gpus N, torchrun --nproc-per-node N -m trainer"
 )
@@ -81,6 +85,24 @@ def visible_gpus(installed: int, chosen: str | None) -> int:
     return min(len(visible), installed)
 
 
+def host_name(environ: Mapping[str, str]) -> str:
+    """This host as its cluster calls it: the name that SLURM can leave out of a job."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def granted_gpus(environ: Mapping[str, str]) -> int | None:
+    """GPUs that SLURM gave to this process, alone or together with its host's others; None where it says nothing."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    if chosen is not None:
+        return 1 if chosen.startswith("MIG-") else visible_gpus(MANY, chosen)  # CUDA shows one MIG slice at most
+    if environ.get("SLURM_GPUS_ON_NODE", "").isdigit():
+        return int(environ["SLURM_GPUS_ON_NODE"])
+    given = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS")
+    return visible_gpus(MANY, given) if given else None
+
+
 def _read_torchrun(environ: Mapping[str, str]) -> World:
     world_size = _number(environ, "WORLD_SIZE")
     rank = _number(environ, "RANK")
@@ -128,7 +150,10 @@ def _read_srun(environ: Mapping[str, str]) -> World:
     job, step = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID"), _number(environ, "SLURM_STEP_ID", "SLURM_STEPID")
     nodes = _text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     master_addr = LOOPBACK if len(tasks) == 1 else first_host(nodes)
-    master_port = FIRST_PORT + (job * 7 + step) % NUM_PORTS  # apart for neighbouring jobs, equal for all tasks
+    restart = environ.get("SLURM_RESTART_COUNT") or "0"
+    # Apart for neighbouring jobs, for the steps of one and for its starts; equal for all tasks.
+    place = job * 7 + step + (int(restart) * PORTS_A_RESTART if restart.isdigit() else 0)
+    master_port = FIRST_PORT + place % NUM_PORTS
     return World(
         _number(environ, "SLURM_PROCID"),
         world_size,

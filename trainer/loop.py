@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -101,6 +102,9 @@ class TrainLoop:
             TrainingDiverged: the gradient was not finite several steps in a row.
         """
         try:
+            if self._is_due(self.config.eval.every_steps) and self.state.evaluated_step < self.state.step:
+                with self.meter.paused():
+                    self.evaluate()  # a stop came before its end
             while self.state.step < self.num_steps and not self._stops_early():
                 self.train_step()
                 with self.meter.paused():
@@ -108,7 +112,8 @@ class TrainLoop:
                         self.evaluate()
                     if self._is_due(self.config.checkpoint.every_steps):
                         self.save()
-                self._stop_if_asked()
+                if self._is_asked_to_stop() and self.state.step < self.num_steps:
+                    self._stop()
             if self.state.evaluated_step != self.state.step:
                 self.evaluate()
             self.save()
@@ -149,11 +154,18 @@ class TrainLoop:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Token-weighted loss over the validation packs, and the sample prompts' answers."""
-        self.state.evaluated_step = self.state.step
+        """Token-weighted loss over the validation packs, and the sample prompts' answers.
+
+        Raises:
+            Preempted: a signal asked to stop; this step is saved as not yet evaluated.
+        """
         self.strategy.module.eval()
-        if self.validation_packs is not None:
-            self._evaluate_loss(self.validation_packs)
+        record = self._evaluate_loss(self.validation_packs) if self.validation_packs is not None else None
+        self.state.evaluated_step = self.state.step
+        if record is not None:
+            self.recorder.evaluation(record)
+            self.schedule.observe(record["loss"])
+            self._compare_with_best(record["loss"])
         self._mark("answering the sample prompts")
         with self.strategy.whole_weights():
             answers = self.answer_samples()
@@ -208,26 +220,26 @@ class TrainLoop:
     def _deal(self, samples: Sequence[int]) -> list[list[int]]:
         return deal(samples, self.processes.rank, self.processes.world_size, self.micro_batch)
 
-    def _evaluate_loss(self, packs: PackedRows) -> None:
+    def _evaluate_loss(self, packs: PackedRows) -> dict[str, Any]:
+        """The evaluation's line of ``metrics.jsonl``."""
         started = time.perf_counter()
         loss_sum, num_trained = torch.zeros((), dtype=torch.float64, device=self.strategy.device), 0
         for number, own in enumerate(self._deal(range(len(packs)))):
             self._mark(f"evaluating micro-batch {number + 1}")
+            if self._is_asked_to_stop():
+                self._stop()
             batch = collate([packs[index] for index in own])
             loss_sum += self.strategy.module(batch.to(self.strategy.device))
             num_trained += batch.num_trained_tokens
         (num_trained,) = self.processes.sum(num_trained)
         loss = self.processes.sum_float(loss_sum.item()) / num_trained
-        record = {
+        return {
             "step": self.state.step,
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "trained_tokens": num_trained,
             "seconds": time.perf_counter() - started,
         }
-        self.recorder.evaluation(record)
-        self.schedule.observe(loss)
-        self._compare_with_best(loss)
 
     def _compare_with_best(self, loss: float) -> None:
         best = math.inf if self.state.best_loss is None else self.state.best_loss
@@ -265,11 +277,12 @@ class TrainLoop:
             "  fix: lower optim.lr, lengthen schedule.warmup, or set optim.max_grad_norm"
         )
 
-    def _stop_if_asked(self) -> None:
-        """A signal may reach some processes only, or all at different moments: all stop after the same step."""
+    def _is_asked_to_stop(self) -> bool:
+        """A signal may reach some processes only, or all at different moments: all learn of it at the same place."""
         (num_asked,) = self.processes.sum(int(self.stop.reason is not None))
-        if not num_asked or self.state.step == self.num_steps:
-            return
+        return num_asked > 0
+
+    def _stop(self) -> None:
         reason = self.stop.reason or "a signal to another process"
         self.save()
         self._mark("waiting for the checkpoint before stopping")

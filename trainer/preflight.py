@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import socket
 import time
 import uuid
 from pathlib import Path
@@ -14,11 +14,13 @@ from torch import nn
 from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
+from trainer.launchers import host_name
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy
 
 # A shared file system shows another host's new file after its attribute cache expires: on NFS up to a minute.
 SHARED_WITHIN = 90.0
+LONGEST_SHOWN = 40  # characters of a fact that differs; a recipe is no help in a message
 
 # Bytes of optimizer state for each trained weight; float32 moments where a recipe keeps weights in float32.
 EIGHT_BIT_MOMENTS = 2.1
@@ -81,18 +83,28 @@ def check_same_everywhere(processes: Processes, facts: dict[str, str]) -> None:
     Raises:
         UserError: on every process, naming the ranks and hosts that differ from rank 0.
     """
-    facts = facts | {"torch": torch.__version__}
-    everybody = processes.gather((socket.gethostname(), facts))
+    if processes.world_size == 1:
+        return
+    everybody = processes.gather((host_name(os.environ), facts))
     _, first = everybody[0]
     for name, expected in first.items():
-        others = [f"rank {rank} on {host}" for rank, (host, own) in enumerate(everybody) if own[name] != expected]
+        others = [
+            f"rank {rank} on {host}{_shown(own[name])}"
+            for rank, (host, own) in enumerate(everybody)
+            if own[name] != expected
+        ]
         if others:
+            have = "has" if len(others) == 1 else "have"
             raise UserError(
                 name,
-                f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} another one than rank 0",
+                f"{', '.join(others)} {have} another one than rank 0{_shown(expected)}",
                 "the same on every host",
                 "start all processes with the same recipe, files and environment",
             )
+
+
+def _shown(fact: str) -> str:
+    return f" ({fact})" if len(fact) <= LONGEST_SHOWN else ""
 
 
 def check_shared(run: RunDir, processes: Processes) -> None:
@@ -111,7 +123,7 @@ def check_shared(run: RunDir, processes: Processes) -> None:
     deadline = time.monotonic() + SHARED_WITHIN
     while not (found := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind = sorted({host for host, there in processes.gather((socket.gethostname(), found)) if not there})
+    blind = sorted({host for host, there in processes.gather((host_name(os.environ), found)) if not there})
     if processes.is_first:
         token.unlink()
     if blind:

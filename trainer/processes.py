@@ -6,21 +6,24 @@ Small agreements travel over gloo on the host, never over the GPUs: they need no
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from trainer.errors import UserError
-from trainer.launchers import World, count_gpus
+from trainer.devices import CPU, DeviceKind, choose_device
+from trainer.errors import PacktrainError, PreflightFailed, UserError, only
+from trainer.launchers import World, host_name
 
 T = TypeVar("T")
 # The watchdog ends a run that hangs; these time-outs only have to be longer than anything that is slow and well.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 MEETING_TIMEOUT = timedelta(minutes=10)  # all processes of a job start together; nobody watches over them before
+TELLING_TIMEOUT = timedelta(seconds=10)
 
 
 class Processes:
@@ -109,13 +112,23 @@ class Processes:
 
 
 @contextlib.contextmanager
-def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
+def start_processes(world: World, needs_group: bool, kind: DeviceKind = "auto") -> Iterator[Processes]:
     """Joins the run's processes; leaves them at the end.
 
     Args:
         needs_group: sharding engines want a process group even for one process.
+        kind: ``train.device``.
+
+    Raises:
+        UserError, PreflightFailed: a process has no GPU of its own, or did not come; on all processes that did.
     """
-    device = choose_device(world.local_rank)
+    device, fault = CPU, None
+    try:
+        device = choose_device(world.local_rank, kind)
+    except PacktrainError as error:
+        if world.world_size == 1:
+            raise
+        fault = error  # the others wait, and are to be told
     if world.world_size == 1 and not needs_group:
         yield Processes(world, device)
         return
@@ -124,10 +137,8 @@ def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
     if world.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
-        url = f"tcp://{world.master_addr}:{world.master_port}"
-        meeting = dist.rendezvous(url, world.rank, world.world_size, timeout=MEETING_TIMEOUT)
-        store, rank, world_size = next(meeting)
-        check_own_gpus(store, rank, world_size, _uuid(device))
+        store, rank, world_size = _meet(world)
+        check_devices(store, rank, world_size, _uuid(device), fault)
         dist.init_process_group(
             backend,
             store=store,
@@ -142,58 +153,70 @@ def start_processes(world: World, needs_group: bool) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def choose_device(local_rank: int = 0) -> torch.device:
-    """This process's GPU where there are GPUs, else the CPU.
-
-    Raises:
-        UserError: GPUs that torch cannot use, or fewer than processes.
-    """
-    if not torch.cuda.is_available():
-        if num_gpus := count_gpus(os.environ):
-            raise UserError(
-                "torch",
-                f"{torch.__version__} cannot use this host's {num_gpus} GPUs, and a CPU would take weeks",
-                "a torch built for CUDA, and a driver that is new enough for it",
-                "pip install torch from the CUDA index, or hide the GPUs: CUDA_VISIBLE_DEVICES=",
-            )
-        return torch.device("cpu")
-    # Fixed blocks that stay behind when sizes change cost gigabytes; read by torch at its first allocation.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    visible = torch.cuda.device_count()
-    # srun may show each task its own GPU alone, which is then number 0.
-    index = local_rank if visible > 1 else 0
-    if index >= visible:
-        raise UserError(
-            "LOCAL_RANK",
-            f"{local_rank}, and this host shows {visible} GPUs",
-            f"0 to {visible - 1}",
-            "start one process a GPU",
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+def _meet(world: World) -> tuple[dist.Store, int, int]:
+    url = f"tcp://{world.master_addr}:{world.master_port}"
+    try:
+        return next(dist.rendezvous(url, world.rank, world.world_size, timeout=MEETING_TIMEOUT))
+    except dist.DistError as error:
+        place = f"{world.master_addr}:{world.master_port}"
+        if "EADDRINUSE" in str(error):
+            what, fix = "is taken by another program", "start again, or set MASTER_PORT to a port that is free"
+        else:
+            what = f"did not bring all {world.world_size} processes together within {MEETING_TIMEOUT}"
+            fix = "let the hosts connect to one another on all ports; MASTER_ADDR may name rank 0's host otherwise"
+        reason = str(error).splitlines()[0][:300]
+        raise PreflightFailed(
+            f"rank {world.rank} on host {host_name(os.environ)}: {place} {what}: {reason}\n  fix: {fix}"
+        ) from error
 
 
-def check_own_gpus(store: dist.Store, rank: int, world_size: int, uuid: str) -> None:
-    """Refuses two processes on one GPU, before NCCL does in words of its own.
+def check_devices(store: dist.Store, rank: int, world_size: int, uuid: str, fault: PacktrainError | None) -> None:
+    """Refuses a process without a GPU of its own, before NCCL does in words of its own.
 
     Args:
         uuid: of this process's GPU; empty on the CPU.
+        fault: what keeps this process from having one.
 
     Raises:
-        UserError: on every process, naming the two.
+        PreflightFailed: on every process, naming the one at fault and what it is.
+        UserError: on every process; all are at fault alike, or two have the same GPU.
     """
-    store.set(f"packtrain/gpu/{rank}", uuid)
+    own: dict[str, Any] = {"uuid": uuid, "host": host_name(os.environ)}
+    if fault:
+        own |= {"fault": str(fault), "status": fault.exit_status, "blamed": fault.blamed}
+    store.set(f"packtrain/device/{rank}", json.dumps(own))
+    told = [json.loads(store.get(f"packtrain/device/{other}")) for other in range(world_size)]
+    try:
+        _judge_devices(told, fault)
+    except PacktrainError:
+        store.set(f"packtrain/told/{rank}", "")
+        if rank == 0:  # it holds the store, and leaves last
+            with contextlib.suppress(dist.DistError):
+                store.wait([f"packtrain/told/{other}" for other in range(world_size)], TELLING_TIMEOUT)
+        raise
+
+
+def _judge_devices(told: list[dict[str, Any]], own_fault: PacktrainError | None) -> None:
+    faults = {rank: one for rank, one in enumerate(told) if "fault" in one}
+    if own_fault and len(faults) == len(told) and len({one["fault"] for one in faults.values()}) == 1:
+        own_fault.blamed = only(one["blamed"] for one in told)
+        raise own_fault
+    if faults:
+        first = next(iter(faults.values()))["fault"]
+        ranks = [f"rank {rank} on host {one['host']}" for rank, one in faults.items() if one["fault"] == first]
+        error = PreflightFailed(f"{', '.join(ranks)}: {first}", only(one["blamed"] for one in faults.values()))
+        error.exit_status = max(one["status"] for one in faults.values())  # wrong input can be seen by some alone
+        raise error
     seen: dict[str, int] = {}
-    for other in range(world_size):
-        found = store.get(f"packtrain/gpu/{other}").decode()
-        if found and found in seen:
+    for rank, one in enumerate(told):
+        if one["uuid"] and one["uuid"] in seen:
             raise UserError(
                 "CUDA_VISIBLE_DEVICES",
-                f"ranks {seen[found]} and {other} have the same GPU",
+                f"ranks {seen[one['uuid']]} and {rank} have the same GPU",
                 "one GPU for each process",
                 "start as many processes a host as it has GPUs; under srun: --gpus-per-task 1, or leave it out",
             )
-        seen[found] = other
+        seen[one["uuid"]] = rank
 
 
 def _uuid(device: torch.device) -> str:

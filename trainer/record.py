@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,38 +14,67 @@ import torch
 
 from trainer.checkpoint.layout import RunDir, write_atomically
 from trainer.config import RunConfig
-from trainer.errors import PacktrainError, Preempted
+from trainer.errors import EXIT_USER_ERROR, PacktrainError, Preempted, UserError
+from trainer.launchers import World, host_name
 from trainer.metrics.report import write_report
 from trainer.metrics.trackers import read_metrics
+from trainer.preemption import StopRequest
 from trainer.processes import Processes
 from trainer.recipe import dump_recipe
-from trainer.watch.watchdog import Watchdog
+from trainer.resume import only_one_trainer
+from trainer.watch.heartbeat import blamed_host
+from trainer.watch.verdict import Verdict
+from trainer.watch.watchdog import RankFailed, Watchdog
+
+SHORTEST_GRACE = 2.0  # seconds from a signal to the end of a job, at least
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def watched(run: RunDir, processes: Processes) -> Iterator[Watchdog]:
+def meeting(run: RunDir, world: World, stop: StopRequest) -> Iterator[None]:
+    """Inside, the processes find one another; nobody watches over them before."""
+    try:
+        yield
+    except Exception as error:
+        if world.rank == 0:
+            _write_never_began(run, stop, error, blamed_host(error))
+        raise
+
+
+@contextlib.contextmanager
+def watched(run: RunDir, processes: Processes, stop: StopRequest) -> Iterator[Watchdog]:
     """A watchdog over the processes; whatever ends this one is told to the others before it leaves."""
-    with Watchdog(processes, run.logs) as watchdog:
+
+    def never_began(verdict: Verdict) -> None:
+        _write_never_began(run, stop, RankFailed(verdict), verdict.host)
+
+    watchdog = Watchdog(processes, run.logs)
+    watchdog.on_end = never_began  # until `recorded`
+    with watchdog:
         try:
             yield watchdog
         except KeyboardInterrupt:
             raise
-        except Preempted as stop:
+        except Preempted as preempted:
             if processes.is_first:
-                _write_preempted(run, stop)
-            processes.barrier()  # the first one out may have the launcher end the others
+                _write_preempted(run, preempted)
+            with contextlib.suppress(RuntimeError):  # one that is gone already has stopped too
+                processes.barrier()  # the first one out may have the launcher end the others
             raise
         except BaseException as error:
             cause = watchdog.fail(error)  # another process may have been the first to fail
+            if processes.is_first and watchdog.on_end is never_began:
+                _write_never_began(run, stop, cause, watchdog.blamed(cause))
             if cause is error:
                 raise
             raise cause from error
 
 
 @contextlib.contextmanager
-def recorded(run: RunDir, config: RunConfig, processes: Processes, watchdog: Watchdog) -> Iterator[None]:
+def recorded(
+    run: RunDir, config: RunConfig, processes: Processes, watchdog: Watchdog, stop: StopRequest
+) -> Iterator[None]:
     """From here on the run dir is ours: recipe, log files, and a ``state.json`` that says how it ended."""
     run.logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run.logs / f"rank_{processes.rank}.log")
@@ -54,10 +82,11 @@ def recorded(run: RunDir, config: RunConfig, processes: Processes, watchdog: Wat
     logging.getLogger().addHandler(handler)
     try:
         if processes.world_size > 1 and not processes.is_first:  # it alone has nothing to tell otherwise
-            logger.info("rank %d on %s, %s", processes.rank, socket.gethostname(), processes.device)
-        with _state_recorded(run, config, handler) if processes.is_first else contextlib.nullcontext():
-            processes.barrier()  # the recipe is there for all
-            watchdog.on_end = partial(_write_failed, run)
+            logger.info("rank %d on %s, %s", processes.rank, host_name(os.environ), processes.device)
+        state = _state_recorded(run, config, handler, watchdog, stop)
+        with state if processes.is_first else contextlib.nullcontext():
+            started = processes.from_first(run.read_state().get("started", 0.0) if processes.is_first else 0.0)
+            watchdog.on_end = partial(_write_verdict, run, stop, started)  # from here on the recipe is there for all
             yield
     finally:
         logging.getLogger().removeHandler(handler)
@@ -65,16 +94,19 @@ def recorded(run: RunDir, config: RunConfig, processes: Processes, watchdog: Wat
 
 
 @contextlib.contextmanager
-def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) -> Iterator[None]:
+def _state_recorded(
+    run: RunDir, config: RunConfig, handler: logging.Handler, watchdog: Watchdog, stop: StopRequest
+) -> Iterator[None]:
     steps = run.steps()
-    run.write_state("running", steps[-1] if steps else 0, started=time.time(), pid=os.getpid())
+    started = time.time()
+    run.write_state("running", steps[-1] if steps else 0, started=started, pid=os.getpid())
     write_atomically(run.recipe, dump_recipe(config))
     try:
         yield
         run.write_state("done", run.read_state()["step"])
         logger.info("done: %s", write_report(run))
-    except Preempted as stop:
-        _write_preempted(run, stop)
+    except Preempted as preempted:
+        _write_preempted(run, preempted)
         raise
     except KeyboardInterrupt:
         run.write_state("cancelled", _last_step(run), "Ctrl-C twice")
@@ -83,7 +115,9 @@ def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) ->
         # To the log file alone: on the terminal whoever catches the error shows it.
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, str(error), (), sys.exc_info()))
         with contextlib.suppress(OSError):  # the disk may be full
-            run.write_state("failed", _last_step(run), f"{type(error).__name__}: {error}")
+            if run.read_state().get("started", started) == started:  # else a later start is at work: this one was lost
+                reason = f"{type(error).__name__}: {error}"
+                _write_failed(run, stop, reason, watchdog.blamed(error), _is_loss(error))
         if isinstance(error, OSError):
             fix = "make room or mend the file system; the same command goes on from the last checkpoint"
             raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
@@ -93,13 +127,39 @@ def _state_recorded(run: RunDir, config: RunConfig, handler: logging.Handler) ->
         raise
 
 
-def _write_failed(run: RunDir, message: str) -> None:
-    if run.read_state().get("state") == "running":
-        run.write_state("failed", _last_step(run), message)
+def _write_verdict(run: RunDir, stop: StopRequest, started: float, verdict: Verdict) -> None:
+    record = run.read_state()
+    if record.get("state") == "running" and record.get("started") == started:
+        _write_failed(run, stop, verdict.message, verdict.host, verdict.is_loss)
 
 
-def _write_preempted(run: RunDir, stop: Preempted) -> None:
-    run.write_state("preempted", max(run.steps(), default=0), str(stop))
+def _write_failed(run: RunDir, stop: StopRequest, reason: str, blamed: str, is_loss: bool) -> None:
+    # No fault: the processes of a job that is being ended are killed one after the other, some time after a signal. One
+    # that has only just come says nothing: srun sends it to the others once a rank is dead.
+    if is_loss and stop.age >= SHORTEST_GRACE:
+        why = f"{stop.reason} came, and the time it left was too short to save: {reason}"
+        run.write_state("preempted", max(run.steps(), default=0), why)
+    else:
+        run.write_state("failed", _last_step(run), reason, **({"blamed": blamed} if blamed else {}))
+
+
+def _write_never_began(run: RunDir, stop: StopRequest, error: BaseException, blamed: str) -> None:
+    """Says so where a job's script reads it. Whoever sits at a terminal is told there: wrong input changes no file."""
+    of_job = run.job.exists() and "SLURM_JOB_ID" in os.environ
+    is_users = getattr(error, "exit_status", None) == EXIT_USER_ERROR
+    if not (of_job or (run.state.exists() and not is_users)):
+        return
+    reason = str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError, UserError), only_one_trainer(run):  # else what is told is another process's
+        _write_failed(run, stop, reason, blamed, _is_loss(error))
+
+
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(error, RankFailed) and error.is_loss
+
+
+def _write_preempted(run: RunDir, preempted: Preempted) -> None:
+    run.write_state("preempted", max(run.steps(), default=0), str(preempted))
 
 
 def _last_step(run: RunDir) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from trainer.checkpoint.layout import RunDir, newest_manifest
@@ -14,9 +16,14 @@ from trainer.errors import UserError
 from trainer.recipe import load_recipe
 
 LOCK = ".lock"
+# The watchdog of a process cut off from the others ends it within a minute; an NFS server then takes its lock away.
+LOST_NODE_SECONDS = 180.0
+
+logger = logging.getLogger(__name__)
 # What a resumed run may say differently: it changes neither the model, nor the samples, nor the optimizer.
 FREE_TO_CHANGE = (
     "strategy.",
+    "train.device",
     "train.log_every",
     "train.micro_batch",
     "train.recompute",
@@ -24,6 +31,7 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "tracking.",
     "export.",
+    "slurm.",
 )
 
 
@@ -101,28 +109,43 @@ def only_one_trainer(run: RunDir) -> Iterator[None]:
     with _open_lock(run) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             lock.seek(0)
             raise UserError(
                 str(run.path),
                 f"process {lock.read().strip() or 'unknown'} is training in this run dir",
                 fix="wait for it, stop it, or use another --run-dir",
             ) from error
+        except OSError as error:  # such as Lustre mounted without flock
+            logger.warning("%s: its file system has no locks (%s): nothing keeps two trainers apart", run.path, error)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
 
 
-def check_nobody_trains(run: RunDir) -> None:
+def check_nobody_trains(run: RunDir, check: Callable[[], None] = lambda: None) -> None:
     """Says so before minutes are spent on loading; `only_one_trainer` is what keeps two apart.
+
+    A job that SLURM has queued again waits: what ran on a node that was lost runs on there until it notices.
+
+    Args:
+        check: called while waiting; what it raises ends that.
 
     Raises:
         UserError: another process trains in this run dir.
     """
-    if (run.path / LOCK).exists():
-        with only_one_trainer(run):
-            pass
+    is_queued_again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    deadline = time.monotonic() + (LOST_NODE_SECONDS if is_queued_again else 0)
+    while (run.path / LOCK).exists():
+        try:
+            with only_one_trainer(run):
+                return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            check()
+            time.sleep(1)
 
 
 def _open_lock(run: RunDir) -> TextIO:

@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import Preempted, UserError
 from trainer.export.result import export_result, finish_adapter, finish_full
 from trainer.generate import answer_samples
+from trainer.host_checks import check_hosts, versions
 from trainer.launchers import World
 from trainer.loop import LoopState, TrainLoop
 from trainer.loss import PackedCausalLM
@@ -50,7 +52,7 @@ from trainer.preflight import (
 from trainer.probe import Choice, choose_micro_batch
 from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
-from trainer.record import recorded, watched
+from trainer.record import meeting, recorded, watched
 from trainer.resume import check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
@@ -70,12 +72,17 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
     Raises:
         UserError: recipe, data or model cannot be used; the run dir is as it was.
         Preempted: a signal asked to stop; a checkpoint is committed and ``state.json`` says preempted.
+        PreflightFailed: the processes' machines cannot do it.
         PacktrainError: the run failed; ``state.json`` says why.
     """
     run = RunDir(run_dir)
     with contextlib.ExitStack() as at_end:
         stop = at_end.enter_context(StopRequest())
-        with start_processes(world, needs_group(config)) as processes, watched(run, processes) as watchdog:
+        with contextlib.ExitStack() as together:
+            with meeting(run, world, stop):
+                started = start_processes(world, needs_group(config), config.train.device)
+                processes = together.enter_context(started)
+            watchdog = together.enter_context(watched(run, processes, stop))
             tokenizer = _train_together(config, run, processes, stop, watchdog, at_end)
         if world.rank == 0:
             _free_memory()
@@ -91,19 +98,25 @@ def _train_together(
     at_end: contextlib.ExitStack,
 ) -> Any:
     """Everything that takes all processes; gives the tokenizer. What is undone at the very end goes onto `at_end`."""
+    check_stop = partial(_stop_if_asked_while_loading, run, processes, stop)
+    check_hosts(processes, partial(watchdog.mark, 0))
+    check_same_everywhere(processes, versions())
     check_trackers(config.tracking)
     check_recipe_unchanged(run, config)
     if processes.is_first:
-        check_nobody_trains(run)
-    with watchdog.alone("preparing the data"):  # one process a host builds the cache, the others wait for its lock
+        with watchdog.alone("looking for another trainer of this run"), stop.cut_short():
+            check_nobody_trains(run, stop.check)
+    with watchdog.alone("preparing the data"), stop.cut_short():  # one process a host does, others wait for its lock
         tokenizer = load_tokenizer(config.model)
-        splits = load_splits(config, tokenizer)
+        splits = load_splits(config, tokenizer, stop.check)
+    check_stop()
     if processes.is_first:
         for name, report in splits.reports.items():
             log_report(name, report)
     check_same_everywhere(processes, {"recipe": dump_recipe(config), "data": splits.fingerprint})
     with watchdog.alone("fetching and building the model"):
         built = build_model(config, processes.device)
+    check_stop()
     if processes.is_first and not run.steps():
         check_disk_space(run.path, _bytes_to_write(config, built.model))
 
@@ -111,18 +124,18 @@ def _train_together(
     root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
     strategy = build_strategy(config, built.model, processes, fingerprint if config.quantization else None)
     started = time.perf_counter()
-    base = _load(config, built, root, strategy, watchdog)
+    base = _load(config, built, root, strategy, watchdog, check_stop)
     logger.info("base in place after %.1f s", time.perf_counter() - started)
     watchdog.mark(0, "preparing to train")
     check_same_everywhere(processes, {"model.path": json.dumps(asdict(base))})
     identity = {"base": asdict(base), "data": splits.fingerprint}
     check_identity(run, identity)
 
-    if processes.is_first:
-        at_end.enter_context(only_one_trainer(run))
     with watchdog.alone("looking for the run dir"):
         check_shared(run, processes)
-    at_end.enter_context(recorded(run, config, processes, watchdog))
+    if processes.is_first:
+        at_end.enter_context(only_one_trainer(run))
+    at_end.enter_context(recorded(run, config, processes, watchdog, stop))
     stop.hold_interrupts()
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
@@ -130,12 +143,17 @@ def _train_together(
     return tokenizer
 
 
-def _load(config: RunConfig, built: BuiltModel, root: PackedCausalLM, strategy: Strategy, watchdog: Watchdog) -> Any:
+def _load(
+    config: RunConfig,
+    built: BuiltModel,
+    root: PackedCausalLM,
+    strategy: Strategy,
+    watchdog: Watchdog,
+    check_stop: Callable[[], None],
+) -> Any:
     try:
         strategy.shard(root)
-        return load_weights(
-            built, config, strategy.place, strategy.processes, lambda activity: watchdog.mark(0, activity)
-        )
+        return load_weights(built, config, strategy.place, strategy.processes, partial(watchdog.mark, 0), check_stop)
     except torch.OutOfMemoryError as error:
         fix = "quantise the base (quantization: {type: nf4}), cut it over more GPUs (strategy.kind: fsdp2), "
         fix += "train an adapter, or choose a smaller model"
@@ -162,6 +180,7 @@ def _fit(
         checkpoints = CheckpointManager(run, config.checkpoint, identity, processes, finish)
         resumed = checkpoints.newest_intact()
         checkpoints.discard_after(resumed or 0)
+    _stop_if_asked_while_loading(run, processes, stop)
 
     choice = _choose_sizes(config, run, resumed, strategy, splits, model, identity)
     sampler = _sampler(config, len(splits.train))
@@ -188,7 +207,7 @@ def _fit(
         )
         if config.adapter:
             checkpoints.reserve(strategy.state_dict())
-        _stop_if_asked_while_loading(processes, stop, resumed)
+        _stop_if_asked_while_loading(run, processes, stop)
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
@@ -200,11 +219,11 @@ def _fit(
         run.write_state("running", loop.state.step, "trained; saving the result")
 
 
-def _stop_if_asked_while_loading(processes: Processes, stop: StopRequest, resumed: int | None) -> None:
+def _stop_if_asked_while_loading(run: RunDir, processes: Processes, stop: StopRequest) -> None:
     (num_asked,) = processes.sum(int(stop.reason is not None))
     if num_asked:
-        reason = stop.reason or "a signal to another process"
-        kept = f"step {resumed} is saved" if resumed else "there was nothing to save"
+        reason, saved = stop.reason or "a signal to another process", max(run.steps(), default=0)
+        kept = f"step {saved} is saved" if saved else "there was nothing to save"
         raise Preempted(f"stopped while loading by {reason}; {kept}, and the same command goes on from there")
 
 
@@ -287,7 +306,7 @@ def _announce(
             f"{config.method}: {num_trained:,} trained parameters, {packs} packs of {report.rows:,} rows "
             f"({report.trained_tokens:,} of {report.tokens:,} tokens trained), {num_steps} steps"
         )
-        recorder.event(0, "start", text)
+        recorder.event(0, "start", text, num_steps=num_steps)
     else:
         before = read_manifest(run.step_dir(resumed))
         saved_by = _on(before["strategy"]["kind"], before["world_size"])

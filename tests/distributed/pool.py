@@ -179,6 +179,12 @@ class Started:
         port, self.folder = free_port(), folder
         self._ranks = [_start_rank(rank, size, port, arguments, folder, before) for rank in range(size)]
 
+    def send(self, number: signal.Signals) -> None:
+        """A signal to all that run."""
+        for rank in self._ranks:
+            if rank.is_alive():
+                os.kill(rank.pid or 0, number)
+
     def kill(self) -> None:
         """SIGKILL to all of them, at once."""
         for rank in self._ranks:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -63,7 +63,8 @@ def _at_call(number: int, fault: str, function: Callable[..., Any]) -> Callable[
         if calls == number:
             if fault == "exception":
                 raise RuntimeError("planted")
-            os.kill(os.getpid(), getattr(signal, fault))
+            # To the main thread, which sees it at once; what kills, kills all.
+            signal.pthread_kill(threading.main_thread().ident or 0, getattr(signal, fault))
         return function(*args, **kwargs)
 
     return planted
@@ -85,6 +86,7 @@ def test_the_run_ends_and_names_the_culprit(
     state = run.read_state()
     if state:  # there is none while the model is being loaded: the run dir is not ours yet
         assert state["state"] == "failed" and (f"rank {culprit}" in state["reason"] or "planted" in state["reason"])
+        assert state.get("blamed") == (None if fault == "exception" else socket.gethostname())
     if PLACES[place] is None:
         assert not run.steps()
         return

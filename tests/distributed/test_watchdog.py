@@ -197,7 +197,7 @@ def live(rank: int, port: int, logs: Path, life: Any, culprit: int) -> None:
         with contextlib.ExitStack() as stack:
             processes = stack.enter_context(start_processes(world, needs_group=True))
             with Watchdog(processes, logs, LIMITS) as watchdog:
-                watchdog.on_end = (logs / f"ended_{rank}").write_text  # type: ignore[assignment]
+                watchdog.on_end = lambda verdict: (logs / f"ended_{rank}").write_text(verdict.message)  # type: ignore
                 try:
                     life(processes, watchdog, culprit)
                 except BaseException as error:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from distributed.pool import Pool
 from distributed.test_bytes import train_on_patterns
+from distributed.test_preflight import look, timed
 
 from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig
@@ -54,6 +55,16 @@ def gpus() -> Iterator[Pool]:
     pool = Pool(2, on_gpus=True)
     yield pool
     pool.close()
+
+
+def test_preflight_takes_a_moment_and_names_a_gpu_that_miscomputes(gpus: Pool) -> None:
+    found = gpus.run(look)
+    assert [one["error"] for one in found] == [None, None]
+    assert "NCCL all-reduce" in found[0]["said"][0]
+    assert max(gpus.run(timed)) < 2.0
+    for one in gpus.run(look, "misreads", (1,)):
+        assert "rank 1 on host n1: an all-reduce over NCCL of all processes gave wrong sums" in one["error"]
+        assert one["blamed"] == "n1"
 
 
 def start(recipe: Path, run_dir: Path, *options: str) -> subprocess.Popen[str]:

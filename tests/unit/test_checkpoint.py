@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -200,6 +201,8 @@ def test_state_is_replaced_whole(tmp_path):
     assert run.read_state() == {}
     run.write_state("running", 3)
     run.write_state("failed", 4, "why")
-    assert run.read_state() == {"state": "failed", "step": 4, "reason": "why"}
+    state = run.read_state()
+    assert state.pop("time") == pytest.approx(time.time(), abs=60)
+    assert state == {"state": "failed", "step": 4, "reason": "why"}
     write_atomically(tmp_path / "a.json", json.dumps([1]))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "state.json"]

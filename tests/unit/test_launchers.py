@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from trainer import launcher_settings
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.launcher_settings import adopt_launcher
-from trainer.launchers import World, expand_tasks_per_node, first_host, read_world, visible_gpus
+from trainer.launchers import World, expand_tasks_per_node, first_host, host_name, read_world, visible_gpus
 
 # As printed by processes that torchrun 2.13, accelerate 1.15 and SLURM 22.05 started.
 TORCHRUN = {
@@ -211,6 +212,24 @@ def test_all_tasks_of_a_step_find_the_same_door() -> None:
     assert 1024 < read_world({**SRUN, "SLURM_JOB_ID": "98765432"}).master_port < 32768
 
 
+def test_a_job_that_is_queued_again_meets_at_another_door() -> None:
+    """A node that was lost may still run the processes of the start before."""
+    starts = [read_world({**SRUN, "SLURM_RESTART_COUNT": str(restart)}).master_port for restart in range(100)]
+    neighbours = {
+        read_world({**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master_port
+        for job in range(1, 20)
+        for step in range(3)
+    }
+    assert len(set(starts)) == 100 and starts[0] == 20007
+    assert not neighbours & set(starts[1:10])
+    assert all(20000 <= port < 32000 for port in starts)
+
+
+def test_a_host_has_the_name_that_its_cluster_calls_it() -> None:
+    assert host_name({"SLURMD_NODENAME": "n7"}) == "n7"
+    assert host_name({}) == socket.gethostname()
+
+
 @pytest.mark.parametrize("environ", [SBATCH, SALLOC])
 def test_a_job_of_many_tasks_that_starts_one_process_is_told_so(
     environ: dict[str, str], caplog: pytest.LogCaptureFixture
@@ -293,6 +312,20 @@ def test_more_processes_than_gpus_or_than_the_strategy_takes_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         choose_num_processes(toy_recipe(strategy={"kind": kind}), asked, num_gpus)
+
+
+def test_a_rehearsal_on_the_cpu_counts_no_gpus(
+    toy_recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import train
+    from trainer import run
+
+    started = list[RunConfig]()
+    monkeypatch.setattr(train, "count_gpus", lambda environ: 8)
+    monkeypatch.setattr(train, "_run_several", pytest.fail)
+    monkeypatch.setattr(run, "train", lambda config, run_dir: started.append(config))
+    train.train(toy_recipe_file(train={"device": "cpu"}), run_dir=tmp_path / "run")
+    assert started[0].train.device == "cpu"
 
 
 # accelerate's settings

@@ -124,7 +124,7 @@ def test_a_signal_after_the_last_step_stops_before_the_merge_and_the_next_start_
 
     def signalled(*arguments):
         write_result(*arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     config = toy_recipe(adapter=LORA, export={"merge": True})
     run = RunDir(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import asdict
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.errors import UserError
+from trainer.errors import PacktrainError, PreflightFailed, UserError
 from trainer.launchers import World
 from trainer.processes import Processes
 from trainer.watch.beatline import _beat
+from trainer.watch.blame import is_machines
 from trainer.watch.heartbeat import Beat, describe_failure
 from trainer.watch.verdict import Judge, Limits, Member, Verdict
 from trainer.watch.watchdog import Watchdog
@@ -186,6 +188,96 @@ def test_the_rank_with_another_gradient_norm_is_named(norms: list[float], odd: l
     assert found is None or "diverged at step 5" in found.message
 
 
+# Whose machine is at fault
+
+ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+EIO = OSError(errno.EIO, "Input/output error")
+
+
+def test_the_host_of_who_hangs_or_is_lost_is_blamed() -> None:
+    assert verdict(WAITS, ON_GPU, WORKS, WAITS).host == "node1"
+    assert verdict(WORKS, WAITS, WORKS, WAITS, WAITS, WAITS).host == ""  # on two hosts
+    court = judge(WORKS, WORKS, WORKS, WORKS)
+    court.lose(3, 1000.0)
+    found = court.verdict(1000.0)
+    assert found is not None and found.host == "node1" and found.is_loss
+    long = Beat(5, "forward and backward", quiet=1000, waiting=1000)
+    assert not verdict(long, long).host and not verdict(long, long).is_loss
+
+
+def test_where_all_other_hosts_fall_silent_the_judges_own_network_is_down() -> None:
+    court = judge(*[WORKS] * 6)
+    for rank in (0, 1):
+        court.take(rank, WORKS, 1035.0)
+    found = court.verdict(1035.0)
+    assert found is not None and found.culprits == [2, 3, 4, 5] and found.host == "node0"
+    court.take(4, WORKS, 1035.0)
+    found = court.verdict(1035.0)
+    assert found is not None and found.culprits == [2, 3, 5] and found.host == "node1"
+
+
+@pytest.mark.parametrize(
+    ("norms", "host"),
+    [([1.0, 1.0, 1.1, 1.0], "node1"), ([1.0, 1.1], ""), ([1.0, 1.0, 1.1, 1.1], ""), ([1.0, 1.1, 1.0, 1.1, 1.0], "")],
+)
+def test_a_diverged_rank_is_its_hosts_fault_where_most_agree(norms: list[float], host: str) -> None:
+    found = judge(*(Beat(5, "optimizer step", norms=[(5, norm)]) for norm in norms)).verdict(1000.0)
+    assert found is not None and found.host == host
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ECC, True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`: out of memory"), False),
+        (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:77, unhandled system error"), True),
+        (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:77, invalid usage"), False),
+        (LOST, False),
+        (EIO, True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (FileNotFoundError("model.safetensors"), False),
+        (UserError("model.path", "no such folder"), False),
+        (PacktrainError("the loss is NaN"), False),
+        (ValueError("a bug"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_errors_of_machines(error: BaseException, expected: bool) -> None:
+    assert is_machines(error) is expected
+
+
+def test_the_machines_error_may_lie_beneath_another() -> None:
+    for outer, expected in ((PacktrainError("the checkpoint could not be saved"), True), (UserError("a", "b"), True)):
+        try:
+            raise outer from EIO
+        except PacktrainError as error:
+            assert is_machines(error) is expected
+    try:
+        raise UserError("model.path", "does not fit this GPU") from torch.OutOfMemoryError()
+    except UserError as error:
+        assert not is_machines(error)
+
+
+def test_an_error_that_is_the_machines_blames_the_one_host_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(host: str, error: BaseException) -> Beat:
+        monkeypatch.setenv("SLURMD_NODENAME", host)
+        return failed(error)
+
+    told = PacktrainError("rank 2 on node1: Input/output error")
+    assert verdict(at("node0", told), WORKS, at("node1", EIO), WORKS, after=LIMITS.settle).host == "node1"
+    assert verdict(at("node0", EIO), WORKS, at("node1", EIO), WORKS, after=LIMITS.settle).host == ""  # all share it
+    unfit = PreflightFailed("rank 3 on node1: wrong sums", blamed="node1")
+    assert verdict(*(at(f"node{rank // 2}", unfit) for rank in range(4))).host == "node1"
+    assert verdict(WORKS, at("node0", ValueError("a bug")), after=LIMITS.settle).host == ""
+
+
 def test_norms_told_in_different_beats_are_compared() -> None:
     court = judge(Beat(5, "optimizer step", norms=[(4, 0.5), (5, 1.0)]), Beat(4, "optimizer step", norms=[(4, 0.5)]))
     assert court.verdict(1000.0) is None
@@ -200,7 +292,8 @@ def test_beats_survive_the_wire() -> None:
 
 
 def test_every_way_to_end_takes_less_than_a_minute() -> None:
-    latest = LIMITS.beat + max(LIMITS.stall + LIMITS.beat, LIMITS.silence, LIMITS.suspect + LIMITS.secondary)
+    silence = LIMITS.silence + LIMITS.suspect  # of rank 0
+    latest = LIMITS.beat + max(LIMITS.stall + LIMITS.beat, silence, LIMITS.suspect + LIMITS.secondary)
     assert latest + 1.5 * LIMITS.grace < 60
     assert LIMITS.fail > LIMITS.secondary + LIMITS.beat
 

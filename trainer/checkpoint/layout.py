@@ -4,7 +4,7 @@ A run dir::
 
     recipe.yaml                 resolved recipe; nothing later rereads the original
     metrics.jsonl               one line a step, evaluation, sample or event
-    state.json                  running, done, failed, preempted, cancelled; step; reason
+    state.json                  running, done, failed, preempted, cancelled; step; reason; time; blamed (a host)
     checkpoints/step_00000100/  dcp/, adapter/ (PEFT) and manifest.json, written last
     best                        name of the best checkpoint's folder
     adapter/ or model/          the result
@@ -19,7 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,11 @@ class RunDir:
     @property
     def state(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def job(self) -> Path:
+        """There where the run was submitted; `slurm` writes it."""
+        return self.path / "job.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -90,8 +96,10 @@ class RunDir:
         Args:
             extra: facts of this start (when, by which process), kept while it is running.
         """
-        kept = {key: value for key, value in self.read_state().items() if key not in ("state", "step", "reason")}
-        record = {"state": state, "step": step, "reason": reason, **(kept if state == "running" else {}), **extra}
+        before = self.read_state() if state == "running" else {}
+        kept = before if before.get("state") == "running" else {}
+        # With the time no two records are alike: a job sees whether its own run has said something.
+        record = {**kept, "state": state, "step": step, "reason": reason, "time": time.time(), **extra}
         write_atomically(self.state, json.dumps(record, indent=1) + "\n")
 
     def read_state(self) -> dict[str, Any]:
@@ -232,8 +240,11 @@ def newest_manifest(run: RunDir) -> dict[str, Any]:
     return {}
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, check: Callable[[], None] = lambda: None) -> str | None:
     """Compares every file of a committed folder with its manifest.
+
+    Args:
+        check: called before each file; what it raises ends the comparison.
 
     Returns:
         What is wrong with the first file that differs, or None when all bytes are as written.
@@ -243,6 +254,7 @@ def find_damage(folder: Path) -> str | None:
     except PacktrainError as error:
         return str(error)
     for name, expected in manifest["files"].items():
+        check()
         path = folder / name
         if not path.exists():
             return f"{path} is missing"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
-import socket
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +40,7 @@ from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.writing import digests, find_difference, write_tensors
 from trainer.config import CheckpointConfig
 from trainer.errors import PacktrainError
+from trainer.launchers import host_name
 from trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class CheckpointManager:
             if failure:
                 raise failure
             return [result]
-        told = f"rank {self.processes.rank} on {socket.gethostname()}: {_tell(failure)}" if failure else None
+        told = f"rank {self.processes.rank} on {host_name(os.environ)}: {_tell(failure)}" if failure else None
         everybody: list[Any] = [None] * self.processes.world_size
         dist.all_gather_object(everybody, (result, told), group=self.processes.background)
         if failures := [told for _, told in everybody if told]:

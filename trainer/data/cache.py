@@ -23,7 +23,7 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 ABANDONED_SECONDS = 24 * 3600.0
+POLL_SECONDS = 0.2
 ROW_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -62,18 +63,19 @@ def content_key(parts: dict[str, Any]) -> str:
     return hasher.hexdigest(length=16)
 
 
-def open_or_build(key: str, build: Callable[[Path], None]) -> Path:
+def open_or_build(key: str, build: Callable[[Path], None], check: Callable[[], None] = lambda: None) -> Path:
     """The complete folder of `key`; calls ``build(folder)`` to fill a new one where there is none.
 
-    Whatever `build` raises leaves nothing behind. Processes on one host wait for one builder; on a file system without
-    locks, or where a lock does not reach other hosts, each builds and the first to finish wins.
+    Whatever `build` raises leaves nothing behind. Processes on one host wait for one builder, and call `check` now and
+    then, which may end the waiting; on a file system without locks, or where a lock does not reach other hosts, each
+    builds and the first to finish wins.
     """
     root = cache_root()
     final = root / key
     if final.is_dir():
         return final
     root.mkdir(parents=True, exist_ok=True)
-    with _lock(root / f"{key}.lock"):
+    with _lock(root / f"{key}.lock", check):
         if not final.is_dir():
             _remove_abandoned(root, key)
             _build(final, build)
@@ -97,16 +99,25 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, check: Callable[[], None]) -> Iterator[None]:
     with open(path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process prepares this data; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _try_lock(file):
+                log.info("another process prepares this data; waiting for it")
+                while not _try_lock(file):
+                    check()
+                    time.sleep(POLL_SECONDS)
         except OSError:
             log.debug("no locks in %s: the first builder to finish wins", path.parent)
         yield
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_abandoned(root: Path, key: str) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections import Counter, deque
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ from trainer.data.splits import Part, SplitName, all_sources, draw_splits
 from trainer.data.templates import Template, load_template
 from trainer.data.types import IGNORE_INDEX, DataReport, Example, TokenizedRow
 from trainer.errors import PacktrainError, UserError
+from trainer.preemption import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,8 +74,13 @@ class Splits:
         return ((name, packs) for name, packs in named if packs is not None)
 
 
-def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
+def load_splits(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, check: Callable[[], None] = lambda: None
+) -> Splits:
     """Opens the splits of a recipe from the cache; builds them first where they are not there.
+
+    Args:
+        check: called now and then while they are built; what it raises ends that and leaves nothing behind.
 
     Raises:
         UserError: a source, column, template or length is wrong, or a split that is asked for has no rows.
@@ -82,7 +90,7 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     template = load_template(data.template, tokenizer)
     _check_target(data, template, tokenizer)
     key = content_key(_describe(data, parts, template, tokenizer))
-    folder = open_or_build(key, lambda folder: _build(folder, parts, template, tokenizer, data))
+    folder = open_or_build(key, lambda folder: _build(folder, parts, template, tokenizer, data, check), check)
     names = [source.path for _, source in all_sources(data)]
     try:
         meta = json.loads((folder / META).read_text())
@@ -181,6 +189,7 @@ def _build(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
+    check: Callable[[], None],
 ) -> None:
     """Fills a cache folder."""
     num_rows = {name: sum(len(part.indices) for part in of_split) for name, of_split in parts.items()}
@@ -194,6 +203,7 @@ def _build(
                     (part.index, (part.source, part.columns, *chunk)) for part in of_split for chunk in part.chunks()
                 )
                 for source_index, (rows, reasons) in convert(tasks):
+                    check()
                     writer.write(rows, source_index)
                     _count(report, rows)
                     dropped.update(reasons)
@@ -300,17 +310,26 @@ def _workers(
     if num_workers == 1:
         yield lambda tasks: ((index, converter(task)) for index, task in tasks)
         return
+    # Else the first worker's start does this, and leaves SIGTERM unblocked, here and in the workers
+    # (https://github.com/python/cpython/blob/v3.11.7/Lib/multiprocessing/resource_tracker.py, ensure_running).
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # Spawned, not forked: a process that has started threads (torch's, tokenizers') cannot be forked safely.
     pool = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(converter,)
     )
-    with pool:
+    try:
         yield lambda tasks: _map_in_order(pool, tasks, ahead=4 * num_workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(converter: _Converter) -> None:
     global _converter
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for watch in (_end_with_parent, _end_when_told):
+        threading.Thread(target=watch, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already take every core
     _converter = converter
 
@@ -321,6 +340,16 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _end_when_told() -> None:
+    """SLURM sends its signals to every process of a job step, and this one has to outlive them: they ask the run to
+    save. One of the parent's own ends it, as when another worker has died."""
+    parent = os.getppid()
+    while True:
+        found = signal.sigwaitinfo(STOP_SIGNALS)
+        if (found.si_signo, found.si_pid) == (signal.SIGTERM, parent):
+            os._exit(1)
 
 
 def _convert_in_worker(task: Task) -> Result:

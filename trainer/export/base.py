@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +86,9 @@ class BaseTensors:
         slice_dtype = self._handles[self._file_of[name]].get_slice(name).get_dtype()
         return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(slice_dtype, torch.float32)
 
-    def content_hash(self) -> str:
-        """blake3 of the base, as training recorded it."""
-        return base_content_hash(self.model, self.seed)
+    def content_hash(self, check: Callable[[], None] = lambda: None) -> str:
+        """blake3 of the base, as training recorded it; `check` is called before each file."""
+        return base_content_hash(self.model, self.seed, check)
 
     @cached_property
     def folder(self) -> Path | None:
@@ -112,8 +113,11 @@ class BaseTensors:
         return {name: file for file, names in self.shards.items() for name in names}
 
 
-def check_unchanged(base: BaseTensors, result: Result) -> str:
+def check_unchanged(base: BaseTensors, result: Result, check: Callable[[], None] = lambda: None) -> str:
     """Compares the base with the one that training recorded.
+
+    Args:
+        check: called before each file.
 
     Returns:
         The base's content hash.
@@ -121,7 +125,7 @@ def check_unchanged(base: BaseTensors, result: Result) -> str:
     Raises:
         UserError: it is another one now.
     """
-    found = base.content_hash()
+    found = base.content_hash(check)
     trained_on = (result.base or {}).get("content_hash")
     if trained_on and trained_on != found:
         raise UserError(

@@ -33,7 +33,9 @@ class ConsolidateReport:
     seconds: float
 
 
-def consolidate(checkpoint: Path, out: Path, is_intact: bool = False) -> ConsolidateReport:
+def consolidate(
+    checkpoint: Path, out: Path, is_intact: bool = False, check: Callable[[], None] = lambda: None
+) -> ConsolidateReport:
     """Writes a model folder (safetensors, index, config, tokenizer) of a full fine-tune's checkpoint.
 
     Needs neither a GPU nor the base nor the run around the checkpoint, and holds one tensor at a time.
@@ -42,6 +44,7 @@ def consolidate(checkpoint: Path, out: Path, is_intact: bool = False) -> Consoli
         checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
         out: appears only when complete.
         is_intact: its bytes have been checked; else they are now.
+        check: called before each tensor; what it raises ends the writing and leaves nothing.
 
     Raises:
         UserError: `out` exists, or `checkpoint` is of an adapter or no checkpoint at all.
@@ -58,8 +61,13 @@ def consolidate(checkpoint: Path, out: Path, is_intact: bool = False) -> Consoli
     names = sorted(name for name in saved.names if name.startswith("model."))
     shapes = {name.removeprefix("model."): saved.shape(name) for name in names}
     out.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(name: str) -> torch.Tensor:
+        check()
+        return saved.read(f"model.{name}")
+
     with folder_appears_when_complete(out) as folder:
-        write_model(folder, shapes, dtype, lambda name: saved.read(f"model.{name}"))
+        write_model(folder, shapes, dtype, read)
         shutil.copytree(checkpoint / SERVING, folder, dirs_exist_ok=True)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return ConsolidateReport(out, saved.step, len(shapes), num_bytes, time.monotonic() - started)

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,12 +58,15 @@ class MergeReport:
     seconds: float
 
 
-def merge_adapter(source: Path, out: Path, base: BaseKind = "dequantized") -> MergeReport:
+def merge_adapter(
+    source: Path, out: Path, base: BaseKind = "dequantized", check: Callable[[], None] = lambda: None
+) -> MergeReport:
     """Writes base and adapter as one model: safetensors, configs, tokenizer, template, card and manifest.
 
     Args:
         source: a run dir, or an adapter folder in PEFT's format.
         out: appears only when complete.
+        check: called before each tensor; what it raises ends the merge and leaves nothing.
 
     Raises:
         UserError: `out` exists, `source` holds no adapter, the base is another one than was trained on, or the adapter
@@ -77,7 +81,7 @@ def merge_adapter(source: Path, out: Path, base: BaseKind = "dequantized") -> Me
         raise UserError(
             str(source), f"{result.folder} is a whole model already", "a run with an adapter", "use that model"
         )
-    merger = Merger(result, base)
+    merger = Merger(result, base, check)
     merger.check()
     _check_space(out, merger.num_bytes())
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +110,8 @@ class Merger:
             its own.
     """
 
-    def __init__(self, result: Result, base_kind: BaseKind) -> None:
-        self.result, self.adapter = result, read_adapter(result.folder)
+    def __init__(self, result: Result, base_kind: BaseKind, check: Callable[[], None] = lambda: None) -> None:
+        self.result, self.adapter, self._look = result, read_adapter(result.folder), check
         self.base = base_of_result(result, self.adapter)
         self.device = default_device()
         config = result.config
@@ -125,7 +129,7 @@ class Merger:
         Raises:
             UserError: the base changed, or a key of the adapter finds no tensor of its shape.
         """
-        self.content_hash = check_unchanged(self.base, self.result)
+        self.content_hash = check_unchanged(self.base, self.result, self._look)
         file = str(self.result.folder / ADAPTER_WEIGHTS)
         wanted = [f"{module}.weight" for module in self.adapter.low_rank] + list(self.adapter.replaced)
         if not wanted:
@@ -231,6 +235,7 @@ class Merger:
 
     def _merged(self, name: str) -> torch.Tensor:
         """The tensor to write, on the CPU."""
+        self._look()
         dtype = self._dtype(name)
         if name in self.adapter.replaced:
             return self.adapter.replaced[name].to(dtype).contiguous()

@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trainer.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
 Finish = Callable[[Path, SavedCheckpoint], None]
+Check = Callable[[], None]
 
 
 def finish_adapter(model: nn.Module) -> Finish:
@@ -68,10 +70,11 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     adapter is verified alone.
 
     Raises:
-        Preempted: a signal asked to stop.
+        Preempted: a signal asked to stop; at most a tensor is still written.
     """
     best = run.best_step() if config.checkpoint.keep_best else None
-    write_result(run, best if best is not None else run.steps()[-1], config, tokenizer)
+    check = partial(_stop_if_asked, stop, "while writing the result")
+    write_result(run, best if best is not None else run.steps()[-1], config, tokenizer, check)
     if not (config.export.merge and config.adapter):
         return
     from trainer.export.merge import merge_adapter
@@ -81,15 +84,16 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
         logger.info("%s is of another adapter or onto another base: merging anew", run.merged)
         shutil.rmtree(run.merged)
     if not run.merged.exists():
-        _stop_if_asked(stop, "merging")
+        _stop_if_asked(stop, "before merging")
         run.write_state("running", run.read_state()["step"], "merging")
-        merged = merge_adapter(run.path, run.merged, config.export.base)
+        check = partial(_stop_if_asked, stop, "while merging")
+        merged = merge_adapter(run.path, run.merged, config.export.base, check)
         logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
     if not config.export.verify:
         return
-    _stop_if_asked(stop, "verifying")
+    _stop_if_asked(stop, "before verifying")
     run.write_state("running", run.read_state()["step"], "verifying")
-    proof = verify_export(run.merged)
+    proof = verify_export(run.merged, partial(_stop_if_asked, stop, "while verifying"))
     logger.info(
         "verified: %d tensors equal an independent merge; logits are off by %.2g%% of the adapter's effect (%s)",
         proof.tensors,
@@ -98,24 +102,25 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     )
 
 
-def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any) -> None:
+def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, check: Check = lambda: None) -> None:
     """Writes ``adapter/`` or ``model/`` of the run, each with the tokenizer and the template trained with.
 
     Args:
         step: of the committed checkpoint to take.
+        check: called between tensors; what it raises ends the writing, and what was there stays.
 
     Raises:
         PacktrainError: the checkpoint is damaged.
     """
     checkpoint = run.step_dir(step)
     # The newest one was hashed when it was written, or when the run was resumed from it.
-    if step != run.steps()[-1] and (damage := find_damage(checkpoint)):
+    if step != run.steps()[-1] and (damage := find_damage(checkpoint, check)):
         raise PacktrainError(
             f"the best checkpoint is damaged: {damage}\n"
             f"  fix: put it back, or delete {run.best} to keep the last weights instead"
         )
     if config.adapter is None:
-        _replace(run.model, lambda folder: _consolidate_into(checkpoint, folder))
+        _replace(run.model, lambda folder: _consolidate_into(checkpoint, folder, check))
         return
 
     def write_adapter(folder: Path) -> None:
@@ -147,14 +152,14 @@ def _is_merge_of_result(config: RunConfig, run: RunDir) -> bool:
     return record.get("merged_onto") == base and merged == hash_file(run.adapter / ADAPTER_WEIGHTS)
 
 
-def _stop_if_asked(stop: StopRequest, before: str) -> None:
+def _stop_if_asked(stop: StopRequest, where: str) -> None:
     if stop.reason:
-        raise Preempted(f"trained, and stopped before {before} by {stop.reason}; the same command goes on from there")
+        raise Preempted(f"trained, and stopped {where} by {stop.reason}; the same command goes on from there")
 
 
-def _consolidate_into(checkpoint: Path, folder: Path) -> None:
+def _consolidate_into(checkpoint: Path, folder: Path, check: Check) -> None:
     folder.rmdir()
-    consolidate(checkpoint, folder, is_intact=True)
+    consolidate(checkpoint, folder, is_intact=True, check=check)
 
 
 def _replace(final: Path, write: Callable[[Path], None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,8 +74,11 @@ class VerifyReport:
     seconds: float
 
 
-def verify_export(folder: Path) -> VerifyReport:
+def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> VerifyReport:
     """Verifies a merged folder, or the one inside a run dir; its manifest says where base and adapter lie.
+
+    Args:
+        check: called before each file and tensor; what it raises ends the verification.
 
     Raises:
         UserError: there is no merged model, or base or adapter are gone.
@@ -83,10 +86,10 @@ def verify_export(folder: Path) -> VerifyReport:
     """
     started = time.monotonic()
     folder = _merged_folder(folder)
-    if damage := find_damage(folder):
+    if damage := find_damage(folder, check):
         raise PacktrainError(f"{damage}\n  fix: delete {folder} and merge again")
     with torch.no_grad():
-        verifier = Verifier(folder)
+        verifier = Verifier(folder, check)
         problems = verifier.compare_files() or verifier.compare_tensors()
         error, effect, prompts = verifier.compare_logits(problems)
     if problems:
@@ -109,8 +112,8 @@ def verify_export(folder: Path) -> VerifyReport:
 class Verifier:
     """One comparison: the merged folder on one side, base and adapter through PEFT on the other."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.manifest, self._look = folder, read_manifest(folder), check
         self.device = default_device()
         self.merged = BaseTensors(ModelConfig.model_validate({"path": str(folder)}))
         self.base = BaseTensors(ModelConfig.model_validate(self.manifest["model"]), self.manifest["seed"])
@@ -216,7 +219,7 @@ class Verifier:
         return Result("adapter", place, config, find_result(place).run_dir, self.manifest["base"])
 
     def _check_base(self) -> None:
-        found, expected = self.base.content_hash(), self.manifest["base"]["content_hash"]
+        found, expected = self.base.content_hash(self._look), self.manifest["base"]["content_hash"]
         if found != expected:
             raise PacktrainError(
                 f"{self.base.model.path}: the base has content hash {found}, and was merged with {expected}\n"
@@ -277,6 +280,7 @@ class Verifier:
 
     def _read(self, name: str) -> torch.Tensor:
         """A parameter of the PEFT model by its name there, in float32: from the adapter's file or the base."""
+        self._look()
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         is_original = ".original_module." in name
@@ -291,6 +295,7 @@ class Verifier:
         return weight.to(torch.float32)
 
     def _read_merged(self, name: str) -> torch.Tensor:
+        self._look()
         source = EMBEDDING if name == HEAD and HEAD not in self.merged.shapes else name
         return self.merged.read(source, self.device).to(torch.float32)
 

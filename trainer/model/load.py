@@ -76,7 +76,12 @@ def load_model(config: RunConfig, device: torch.device) -> LoadedModel:
 
 @torch.no_grad()
 def load_weights(
-    built: BuiltModel, config: RunConfig, place: Place, processes: Processes, mark: Callable[[str], None]
+    built: BuiltModel,
+    config: RunConfig,
+    place: Place,
+    processes: Processes,
+    mark: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
 ) -> BaseIdentity:
     """Gives every parameter of `built` its value, whole, through `place`; on all processes together.
 
@@ -84,6 +89,7 @@ def load_weights(
         place: called once for each parameter, in one order on all processes, with its owner, its name there and the
             whole tensor, on this process's device or (of the adapter) on the CPU.
         mark: told what comes next.
+        check: called before each tensor by all processes; what it raises, on all of them, ends the loading.
 
     Returns:
         Identity of the base, equal on all processes.
@@ -103,6 +109,7 @@ def load_weights(
     ):
         for stored, source in zip(tensors, sources, strict=True):
             mark(f"loading {stored.name}")
+            check()
             values = built.destinations[stored.name].values
             layout = [(value.shape, value.dtype) for value in values]
             wholes = host.share_tensors(source, preparation.next, layout, processes.device)

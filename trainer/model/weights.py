@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -141,8 +142,12 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     raise UserError(str(folder), "no weights", f"{SINGLE} or {INDEX}", "init: random makes random ones")
 
 
-def base_content_hash(model: ModelConfig, seed: int) -> str:
-    """blake3 of the whole base, in hex: its files' names and bytes, or shape and seed of a random one."""
+def base_content_hash(model: ModelConfig, seed: int, check: Callable[[], None] = lambda: None) -> str:
+    """blake3 of the whole base, in hex: its files' names and bytes, or shape and seed of a random one.
+
+    Args:
+        check: called before each file; what it raises ends the hashing.
+    """
     if model.init == "random":
         digest = blake3()
         config = load_base_config(model).to_diff_dict()
@@ -151,6 +156,7 @@ def base_content_hash(model: ModelConfig, seed: int) -> str:
         return "random-" + digest.hexdigest()
     files = FileHash()
     for file in weight_files(resolve_folder(model)):
+        check()
         files.add(file)
     return files.text()
 

@@ -198,6 +198,7 @@ class Spoke(Line):
         if self._rank_0_ended:
             return self._rank_0(f"died {place(*self._first, self._step)}: {WHY_DEAD}")
         limit = self.limits.suspect if beat.failure and beat.failure.is_secondary else self.limits.silence
+        limit += self.limits.suspect  # where the link to rank 0 is cut it judges first, and of the two alone
         while True:
             watched = [] if self._rank_0_left else [self._peer.connection]
             readable, woken = self._ready(watched, deadline - time.monotonic())
@@ -245,7 +246,8 @@ class Spoke(Line):
         others = [member.rank for member in self._members[1:]]
         elsewhere = [member.rank for member in self._members if member.host != first.host]
         speaks = self._rank in (others[0], *elsewhere[:1])
-        return Verdict([0], f"{first} {what}", EXIT_FAILURE, self._rank if speaks else None)
+        speaker = self._rank if speaks else None
+        return Verdict([0], f"{first} {what}", EXIT_FAILURE, speaker, host=first.host, is_loss=True)
 
 
 def open_listener() -> socket.socket:

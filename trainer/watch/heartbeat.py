@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import EXIT_FAILURE, PacktrainError
+from trainer.launchers import host_name
+from trainer.watch.blame import causes, is_machines
 
 # How the libraries report that another process is gone: the cause lies there, not here.
 _LOST_PEER = (
@@ -48,12 +50,14 @@ class Failure:
         exit_status: with which the run has to end for it.
         is_secondary: it only says that another process is gone.
         blames: ranks that it names as its cause.
+        host: the one whose machine is at fault; empty where none is.
     """
 
     text: str
     exit_status: int
     is_secondary: bool
     blames: list[int]
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,23 +93,18 @@ def describe_failure(error: BaseException) -> Failure:
     text = str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
     if len(text) > _MAX_ERROR_TEXT:
         text = f"{text[:_MAX_ERROR_TEXT]} ..."
-    chain = list(_causes(error))
+    chain = list(causes(error))
     # Saving and loading in parts tell every process who failed (torch.distributed.checkpoint's CheckpointException).
     told = [getattr(link, "failures", None) for link in chain]
     reported: dict[int, Any] = next((failures for failures in told if isinstance(failures, dict)), {})
     blamed = [rank for rank, (cause, _) in sorted(reported.items()) if not _looks_like_lost_peer(cause)]
     secondary = not blamed if reported else any(map(_looks_like_lost_peer, chain))
-    return Failure(text, getattr(error, "exit_status", EXIT_FAILURE), secondary, blamed)
+    return Failure(text, getattr(error, "exit_status", EXIT_FAILURE), secondary, blamed, blamed_host(error))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what caused it, and so on."""
-    current: BaseException | None = error
-    seen: set[int] = set()
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+def blamed_host(error: BaseException) -> str:
+    """The host that `error` names as the one at fault, else this one if its machine is; empty where none is."""
+    return getattr(error, "blamed", "") or (host_name(os.environ) if is_machines(error) else "")
 
 
 def _looks_like_lost_peer(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainer.errors import EXIT_FAILURE
+from trainer.errors import EXIT_FAILURE, only
 from trainer.watch.heartbeat import Beat, Failure
 
 
@@ -63,12 +63,16 @@ class Verdict:
         message: for users.
         exit_status: of all processes.
         speaker: rank that tells the user; None where rank 0 failed by an error, which its own main thread tells.
+        host: the one whose machine is at fault; empty where none is, or nobody can tell which.
+        is_loss: processes died or went silent, as they also do when a whole job is being ended.
     """
 
     culprits: list[int]
     message: str
     exit_status: int
     speaker: int | None
+    host: str = ""
+    is_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,9 @@ class Judge:
         failure = self._failure(first)
         culprits = failure.blames or [first]
         what = f"failed {self._place(culprits[0])}: {failure.text}"
-        return self._speak(culprits, what, failure.exit_status, rank_0_speaks=0 in culprits)
+        # What one process ran into, others may report too.
+        host = only(self._failure(rank).host for rank in primary)
+        return self._speak(culprits, what, failure.exit_status, rank_0_speaks=0 in culprits, host=host)
 
     def _ended_or_silent(self, now: float) -> Verdict | None:
         """Processes whose connection closed at once, and those of which nothing is heard any more.
@@ -154,10 +160,22 @@ class Judge:
         if silent:
             since = now - min(self._heard[rank] for rank in silent)
             where = self._place(silent[0], gone=True)
-            return self._speak(silent, f"is silent for {since:.0f} s {where}: {WHY_SILENT}")
+            what = f"is silent for {since:.0f} s {where}: {WHY_SILENT}"
+            return self._speak(silent, what, host=self._silent_host(silent), is_loss=True)
         if ended:
-            return self._speak(ended, f"died {self._place(ended[0], gone=True)}: {WHY_DEAD}")
+            first = min(ended, key=lambda rank: self._lost[rank])
+            what = f"died {self._place(ended[0], gone=True)}: {WHY_DEAD}"
+            return self._speak(ended, what, host=self.members[first].host, is_loss=True)
         return None
+
+    def _silent_host(self, silent: list[int]) -> str:
+        """Where all other hosts fell silent at once, the one that judges has lost its network."""
+        here = self.members[0].host
+        others = {member.host for member in self.members} - {here}
+        heard = {member.host for member in self.members if member.rank not in silent} - {here}
+        if len(others) > 1 and not heard:
+            return here
+        return self.members[min(silent, key=lambda rank: self._heard[rank])].host
 
     def _lost_peers(self, now: float) -> Verdict | None:
         """Errors of lost connections whose cause has not shown."""
@@ -166,9 +184,9 @@ class Judge:
         first = min(self._failed, key=lambda rank: self._failed[rank])
         if now - self._failed[first] < self.limits.secondary:
             return None
-        return self._speak(
-            [first], f"failed {self._place(first)}: {self._failure(first).text}", rank_0_speaks=first == 0
-        )
+        what = f"failed {self._place(first)}: {self._failure(first).text}"
+        host = only(self._failure(rank).host for rank in self._failed)
+        return self._speak([first], what, rank_0_speaks=first == 0, host=host)
 
     def _compare(self, step: int, norms: dict[int, float]) -> None:
         """Gradient norms of one step, of all ranks: the majority is right."""
@@ -181,7 +199,8 @@ class Judge:
         what = f"diverged at step {step}: gradient norms differ ({_shortened(values)})"
         if len(norms) == 2:
             what += "; of two, either may be the wrong one"
-        self._diverged = self._speak(odd, what)
+        is_clear = 2 * len(odd) < len(norms)
+        self._diverged = self._speak(odd, what, host=self._host_of(odd) if is_clear else "")
 
     def _stalled(self, now: float) -> Verdict | None:
         """All others have waited long, and some do not come."""
@@ -210,14 +229,25 @@ class Judge:
     def _hangs(self, ranks: list[int]) -> Verdict:
         quiet = min(self.beats[rank].quiet for rank in ranks)
         what = f"hangs {self._place(ranks[0])}: no progress for {quiet:.0f} s while all others wait for it"
-        return self._speak(ranks, what)
+        return self._speak(ranks, what, host=self._host_of(ranks))
 
-    def _speak(self, ranks: list[int], what: str, status: int = EXIT_FAILURE, rank_0_speaks: bool = False) -> Verdict:
+    def _host_of(self, ranks: list[int]) -> str:
+        return only(self.members[rank].host for rank in ranks)
+
+    def _speak(
+        self,
+        ranks: list[int],
+        what: str,
+        status: int = EXIT_FAILURE,
+        rank_0_speaks: bool = False,
+        host: str = "",
+        is_loss: bool = False,
+    ) -> Verdict:
         """The message, and the lowest rank that lives and is not at fault to tell it."""
         silent = self.gone() | set(ranks)
         speaker = next((rank for rank in range(len(self.members)) if rank not in silent), None)
         message = f"{_named(self.members[rank] for rank in ranks)} {what}" if ranks else what
-        return Verdict(ranks, message, status, None if rank_0_speaks else speaker)
+        return Verdict(ranks, message, status, None if rank_0_speaks else speaker, host, is_loss)
 
     def _failure(self, rank: int) -> Failure:
         failure = self.beats[rank].failure

@@ -12,7 +12,6 @@ import faulthandler
 import logging
 import os
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer.errors import EXIT_TO_BE_RESUMED, PacktrainError
+from trainer.launchers import host_name
 from trainer.processes import Processes
 from trainer.watch.beatline import Hub, Line, Spoke, open_listener
-from trainer.watch.heartbeat import Failure, Pulse, describe_failure
+from trainer.watch.heartbeat import Failure, Pulse, blamed_host, describe_failure
 from trainer.watch.verdict import Limits, Member, Verdict
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,14 @@ class RankFailed(PacktrainError):
     """Another rank ended the run. The watchdog has told the user already.
 
     Args:
-        message: names rank, host, step and cause.
-        exit_status: the culprit's.
+        verdict: names rank, host, step and cause.
     """
 
     told = True
 
-    def __init__(self, message: str, exit_status: int) -> None:
-        super().__init__(message)
-        self.exit_status = exit_status
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.message)
+        self.exit_status, self.blamed, self.is_loss = verdict.exit_status, verdict.host, verdict.is_loss
 
 
 class Watchdog:
@@ -55,10 +54,10 @@ class Watchdog:
         logs: folder of ``rank_N.log``; ``rank_N.stacks.txt`` beside it gets the stacks of all threads at the end.
 
     Attributes:
-        on_end: called with the message in the process that tells the user, in the watchdog's thread.
+        on_end: called with the verdict in the process that tells the user, in the watchdog's thread.
     """
 
-    on_end: Callable[[str], None] | None = None
+    on_end: Callable[[Verdict], None] | None = None
 
     def __init__(self, processes: Processes, logs: Path, limits: Limits | None = None) -> None:
         self._processes, self._logs = processes, logs
@@ -89,7 +88,11 @@ class Watchdog:
         if raised is not error and raised is not None:
             raise raised
         if error is None and self._verdict is not None:
-            raise RankFailed(self._verdict.message, self._verdict.exit_status)
+            raise RankFailed(self._verdict)
+
+    def blamed(self, error: BaseException) -> str:
+        """The host whose machine is at fault for `error`, which ends this process; empty where none is."""
+        return self._verdict.host if self._verdict else blamed_host(error)
 
     def mark(self, step: int, activity: str) -> None:
         """This process is about to do `activity` after `step` steps. Costs a microsecond."""
@@ -135,7 +138,7 @@ class Watchdog:
             return error
         if self._processes.rank in verdict.culprits or not (failure.is_secondary or failure.blames):
             return error
-        other = RankFailed(verdict.message, verdict.exit_status)
+        other = RankFailed(verdict)
         other.__cause__ = error
         return other
 
@@ -157,7 +160,7 @@ class Watchdog:
         listener = open_listener() if processes.is_first else None
         token = secrets.token_hex(16) if processes.is_first else ""
         port = listener.getsockname()[1] if listener else 0
-        told = processes.gather((socket.gethostname(), os.getpid(), port, token))
+        told = processes.gather((host_name(os.environ), os.getpid(), port, token))
         members = [Member(rank, host, pid) for rank, (host, pid, _, _) in enumerate(told)]
         _, _, port, token = told[0]
         if listener:
@@ -204,7 +207,7 @@ class Watchdog:
         if verdict.speaker is None and self._processes.is_first:  # its main thread had the time to, and is stuck
             print(verdict.message, file=sys.stderr, flush=True)
             if self.on_end:
-                self.on_end(verdict.message)
+                self.on_end(verdict)
         _flush_logs()
         os._exit(verdict.exit_status)
 
@@ -223,7 +226,7 @@ class Watchdog:
 
     def _tell_owner(self, verdict: Verdict) -> None:
         if self._processes.rank == verdict.speaker and self.on_end:
-            self.on_end(verdict.message)
+            self.on_end(verdict)
 
 
 def _flush_logs() -> None:
