@@ -16,14 +16,19 @@ COMMANDS = {  # name -> where its function is, and its line in the list of comma
     "schema": ("launch.schema:schema", "Print the recipe's JSON schema, for completion in an editor."),
     "preprocess": ("launch.preprocess:preprocess", "Tokenise, mask, pack and cache the data; show what is trained on."),
     "train": ("launch.train:train", "Train a recipe on this host; resumes by itself."),
+    "submit": ("launch.submit:submit", "Queue a recipe on SLURM; it survives time limits and lost nodes."),
+    "status": ("launch.status:status", "Show where submitted runs stand."),
+    "logs": ("launch.logs:logs", "Show what a run prints; -f follows it across restarts."),
+    "cancel": ("launch.cancel:cancel", "Have a submitted run save a checkpoint and stop for good."),
     "merge": ("launch.export:merge", "Merge a run's adapter into its base."),
     "evaluate": ("launch.inference:evaluate", "Loss, perplexity and exact match on a split."),
     "verify": ("launch.export:verify", "Prove that a merged model is the one that was trained."),
     "generate": ("launch.inference:generate", "Answer prompts."),
     "chat": ("launch.inference:chat", "Talk with a model."),
     "report": ("launch.report:report", "Write one offline HTML page about a run."),
+    "doctor": ("launch.doctor:doctor", "Check this host, its environment and its cluster; say how to mend what fails."),
 }
-TAKE_OVERRIDES = {"preprocess", "train"}
+TAKE_OVERRIDES = {"preprocess", "train", "submit"}
 OVERRIDES_HELP = "Any field of the recipe can be overridden by its dotted name: `--optim.lr 1e-4`, `--adapter null`."
 INTERRUPTED = 130  # 128 + SIGINT
 PIPE_CLOSED = 141  # 128 + SIGPIPE

@@ -1,0 +1,262 @@
+"""submit(): from a recipe to queued jobs. Everything that can be wrong is looked at before anything is queued."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit import Job, SlurmExecutor
+
+from slurm.checks import GPUS_USED, check_home, check_request, check_strategy, check_then
+from slurm.cluster import SlurmError, read_cluster
+from slurm.history import read_job
+from slurm.job import run_command, run_task
+from slurm.queue import job_states
+from slurm.script import command_script, script_text, training_script
+from slurm.snapshot import new_submission, next_submission, take_snapshot, with_absolute_paths
+from slurm.sweep import Variation
+from trainer.checkpoint.layout import RunDir, write_atomically
+from trainer.config import RunConfig, SlurmConfig
+from trainer.errors import PacktrainError, UserError
+from trainer.resume import check_nobody_trains, check_recipe_unchanged
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be queued.
+
+    Attributes:
+        home: folder of the run, or of the sweep.
+        slurm: what all runs ask for.
+        configs: one for each run that is to be queued.
+        run_dirs: likewise; none where every run of a sweep is done or queued already.
+        then: commands that follow each run, in their order.
+        variations: all runs of the sweep; empty for a run by itself.
+        submission: the folder that will hold what the jobs need.
+    """
+
+    home: Path
+    slurm: SlurmConfig
+    configs: list[RunConfig]
+    run_dirs: list[Path]
+    then: list[str]
+    variations: list[Variation]
+    submission: Path
+
+    @property
+    def name(self) -> str:
+        return self.home.name
+
+    @property
+    def gpu_hours(self) -> float:
+        """At most, for one start of every run."""
+        slurm = self.slurm
+        return len(self.run_dirs) * slurm.nodes * slurm.gpus_per_node * slurm.minutes / 60
+
+    @property
+    def executor(self) -> SlurmExecutor:
+        return training_script(self.slurm, self.name, self.submission)
+
+    @property
+    def script(self) -> str:
+        """Exactly what sbatch gets."""
+        return script_text(self.executor, len(self.run_dirs))
+
+
+@dataclass
+class Submitted:
+    """What was queued; `job.json` of a run dir.
+
+    Attributes:
+        job_id: of the run; of an array such as ``12_3``.
+        then: ``{"command": ..., "job_id": ...}`` for each command that follows.
+    """
+
+    job_id: str
+    name: str
+    submission: str
+    submitted: float
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    time_minutes: int
+    partition: str | None
+    max_restarts: int
+    then: list[dict[str, str]] = field(default_factory=list)
+
+
+def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variation], then: Sequence[str]) -> Plan:
+    """Looks at everything that needs neither data nor model, in a second or two and without torch.
+
+    Args:
+        configs: one for each variation, or just one.
+        home: run dir, or the sweep's folder, which gets a run dir for each variation.
+        then: commands that follow.
+
+    Raises:
+        UserError: something is wrong with what is asked for; nothing was written.
+        SlurmError: SLURM does not answer.
+    """
+    home = Path(os.path.abspath(home.expanduser()))  # without .., whose folder may go; links stay, nodes may differ
+    check_home(home, is_sweep=bool(variations))
+    check_then(configs[0], then)
+    slurm = configs[0].slurm
+    check_request(slurm, read_cluster(), then)
+    run_dirs = [home / variation.name for variation in variations] or [home]
+    open_runs = _not_queued(run_dirs)
+    if not variations and not open_runs:
+        job_id = read_job(home)["job_id"]
+        raise UserError(
+            str(home), f"job {job_id} has this run", fix="packtrain cancel ends it; packtrain status shows it"
+        )
+    if variations:
+        open_runs = [index for index in open_runs if RunDir(run_dirs[index]).read_state().get("state") != "done"]
+    chosen = []
+    for index in open_runs:
+        check_strategy(configs[index])
+        chosen.append(with_absolute_paths(configs[index]))
+        check_recipe_unchanged(RunDir(run_dirs[index]), chosen[-1])
+        if run_dirs[index].exists():
+            check_nobody_trains(RunDir(run_dirs[index]))
+    return Plan(
+        home=home,
+        slurm=slurm,
+        configs=chosen,
+        run_dirs=[run_dirs[index] for index in open_runs],
+        then=list(then),
+        variations=list(variations),
+        submission=next_submission(home),
+    )
+
+
+def ask_sbatch(script: str) -> str:
+    """SLURM's verdict on a job: when and where it would start. Queues nothing.
+
+    Raises:
+        UserError: it would refuse the job.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        command = ["sbatch", "--test-only", file.name]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=30, errors="replace")
+        except subprocess.TimeoutExpired as error:
+            raise SlurmError(command, None, "") from error
+    said = " ".join(found.stderr.split()).replace("sbatch: ", "")
+    if found.returncode:
+        raise UserError("slurm", f"SLURM would refuse the job: {said}", fix="correct the recipe's slurm section")
+    return said
+
+
+def submit(plan: Plan) -> list[Submitted]:
+    """Queues the runs, and what follows them.
+
+    Raises:
+        PacktrainError: SLURM refused; nothing is queued, or what was is cancelled.
+    """
+    submission = new_submission(plan.home, plan.submission)
+    for run_dir in plan.run_dirs:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.chmod(0o700)
+    take_snapshot(submission, plan.configs, plan.run_dirs)
+    for run_dir in plan.run_dirs:
+        _start_afresh(RunDir(run_dir))
+    if plan.variations:
+        _note_sweep(plan.home, plan.variations)
+    slurm = plan.slurm
+    queued: list[str] = []
+    with _cancelled_if_interrupted(queued):
+        jobs = _queue(plan.executor, run_task, [(str(run_dir),) for run_dir in plan.run_dirs])
+        queued.append(_array_of(jobs[0].job_id))
+        told = [
+            Submitted(
+                job_id=job.job_id,
+                name=plan.name,
+                submission=str(submission),
+                submitted=time.time(),
+                nodes=slurm.nodes,
+                gpus_per_node=slurm.gpus_per_node,
+                tasks_per_node=slurm.tasks_per_node,
+                time_minutes=slurm.minutes,
+                partition=slurm.partition,
+                max_restarts=slurm.max_restarts,
+            )
+            for job in jobs
+        ]
+        for command in plan.then:
+            num_gpus = GPUS_USED[command] if slurm.gpus_per_node else 0
+            name = f"{plan.name}-{command}"
+            executor = command_script(slurm, name, submission, num_gpus, queued[-1], len(plan.run_dirs))
+            following = _queue(executor, run_command, [_arguments(command, run_dir) for run_dir in plan.run_dirs])
+            queued.append(_array_of(following[0].job_id))
+            for one, job in zip(told, following, strict=True):
+                one.then.append({"command": command, "job_id": job.job_id})
+        for run_dir, one in zip(plan.run_dirs, told, strict=True):
+            write_atomically(run_dir / "job.json", json.dumps(asdict(one), indent=1) + "\n")
+    return told
+
+
+def _queue(executor: SlurmExecutor, function: Any, arguments: Sequence[tuple[str, ...]]) -> list[Job[Any]]:
+    """One job, or an array where there are several."""
+    try:
+        if len(arguments) == 1:
+            return [executor.submit(function, *arguments[0])]
+        with executor.batch():
+            jobs = [executor.submit(function, *one) for one in arguments]
+        return jobs
+    except (RuntimeError, OSError) as error:  # submitit's own errors derive from these
+        raise PacktrainError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _cancelled_if_interrupted(queued: list[str]) -> Iterator[None]:
+    """A chain is queued whole or not at all."""
+    try:
+        yield
+    except BaseException:
+        for job_id in queued:
+            subprocess.run(["scancel", job_id], capture_output=True, check=False)
+        raise
+
+
+def _not_queued(run_dirs: Sequence[Path]) -> list[int]:
+    """Which runs SLURM does not have, waiting or running."""
+    jobs = {index: read_job(run_dir).get("job_id") for index, run_dir in enumerate(run_dirs)}
+    states = job_states([job_id for job_id in jobs.values() if job_id])
+    return [index for index, job_id in jobs.items() if not (job_id and states[job_id].is_alive)]
+
+
+def _note_sweep(home: Path, variations: Sequence[Variation]) -> None:
+    """``sweep.json``: what is varied, and the runs; those of earlier submissions stay."""
+    sweep = home / "sweep.json"
+    earlier = json.loads(sweep.read_text(encoding="utf-8")) if sweep.exists() else {"fields": [], "runs": []}
+    runs = {run["run_dir"]: run for run in earlier["runs"]}
+    runs |= {one.name: {"run_dir": one.name, "values": one.values} for one in variations}
+    fields = [*dict.fromkeys([*earlier["fields"], *variations[0].values])]
+    write_atomically(sweep, json.dumps({"fields": fields, "runs": list(runs.values())}, indent=1) + "\n")
+
+
+def _array_of(job_id: str) -> str:
+    return job_id.partition("_")[0]
+
+
+def _arguments(command: str, run_dir: Path) -> tuple[str, ...]:
+    further = ("--json", str(run_dir / "evaluation.json")) if command == "evaluate" else ()
+    return (str(run_dir), command, *further)
+
+
+def _start_afresh(run: RunDir) -> None:
+    """Whoever submits again wants the run to go on: a cancellation is over, and so are the counts of what failed."""
+    for name in ("cancelled", "blamed"):
+        (run.path / name).unlink(missing_ok=True)
+    with open(run.path / "attempts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "submit", "time": int(time.time())}, separators=(",", ":")) + "\n")
