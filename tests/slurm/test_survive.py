@@ -1,0 +1,155 @@
+"""Runs that are stopped, preempted, requeued, cancelled or lose a node: they go on, or end and say why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from runs import SAVE_EVERY, Submitter, assert_uninterrupted
+
+
+def test_two_nodes_with_two_tasks_each_and_what_follows(
+    cluster: Cluster, submit: Submitter, reference: dict[int, float]
+) -> None:
+    run = submit(cluster, "--gpus-per-node", "2", "--then", "merge,verify,evaluate")
+    run.wait_for_end()
+    assert_uninterrupted(run, reference)
+    assert [event["nodes"] for event in run.events("start")] == ["n[1-2]"]
+    assert {file.name for file in run.run.logs.glob("*.log")} == {f"rank_{rank}.log" for rank in range(4)}
+    last = run.job["then"][-1]["job_id"]
+    cluster.wait_until(lambda: cluster.job(last)["JobState"] == "COMPLETED", 120, "merged, verified and evaluated")
+    states = {one["command"]: cluster.job(one["job_id"]) for one in run.job["then"]}
+    assert [job["Partition"] for job in states.values()] == ["cpu", "cpu", "gpu"]
+    assert (run.run.merged / "model.safetensors").exists()
+    assert json.loads((run.path / "evaluation.json").read_text())["loss"] > 0
+
+
+def test_time_limit(cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
+    run = submit(cluster, slurm={"time": "1"}, eval={"every_steps": 2})
+    run.wait_for_end(400)
+    assert_uninterrupted(run, reference)
+    ends = run.events("end")
+    assert len(ends) >= 2
+    assert [end["action"] for end in ends] == ["requeue"] * (len(ends) - 1) + ["finish"]
+    assert {end["state"] for end in ends[:-1]} == {"preempted"}
+    assert "SIGUSR2" in run.output()
+
+
+@pytest.mark.parametrize("which", ["cluster", "plain_cluster"])
+def test_preemption(which: str, submit: Submitter, reference: dict[int, float], request: pytest.FixtureRequest) -> None:
+    """By a job of a higher partition; with SLURM's user signal and accounting, and with neither."""
+    cluster = request.getfixturevalue(which)
+    run = submit(cluster)
+    run.wait_for_step(SAVE_EVERY + 5)
+    urgent = cluster.submit("sleep 8", "--partition=urgent", "--nodes=4", "--exclusive")
+    cluster.wait_for(urgent, "COMPLETED", 90)
+    run.wait_for_end()
+    assert_uninterrupted(run, reference)
+    first, *_ = run.events("end")
+    assert (first["state"], first["action"]) == ("preempted", "requeue")
+    assert first["step"] == run.events("start")[1]["step"]  # the step it stopped at was saved
+    assert ("SIGUSR2" if which == "cluster" else "SIGTERM") in run.output()
+
+
+def test_requeued_by_an_administrator(cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
+    run = submit(cluster)
+    run.wait_for_step(SAVE_EVERY + 5)
+    before = run.last_step()
+    cluster.run("scontrol", "requeue", run.job_id)
+    run.wait_for_end()
+    assert_uninterrupted(run, reference)
+    assert run.events("start")[1]["restart"] == 1
+    assert run.events("start")[1]["step"] >= before  # TERM came before KILL
+
+
+def test_a_killed_rank_is_tried_again_and_its_node_excluded(
+    cluster: Cluster, submit: Submitter, reference: dict[int, float]
+) -> None:
+    run = submit(cluster)
+    for _ in range(2):
+        seen = len(run.events("end"))
+        run.wait_for_step(run.last_step() + SAVE_EVERY + 5, 120)
+        run.kill_rank(1)
+        run.wait_for(lambda seen=seen: len(run.events("end")) > seen, 90, "the end of the start")
+    run.wait_for_end()
+    assert_uninterrupted(run, reference)
+    assert (run.path / "blamed").read_text().split() == ["n2", "n2"]
+    assert "n2" not in run.events("start")[-1]["nodes"]
+    assert [end["why"] for end in run.events("end")] == ["", "without n2", ""]
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_lost_node(node: str, cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
+    """What runs on it runs on for a while, rank 0 on n1 too, which holds the run dir's lock."""
+    run = submit(cluster)
+    run.wait_for_step(SAVE_EVERY + 5)
+    cluster.cut_link(node)
+    run.wait_for(lambda: len(run.events("start")) > 1, 150, "another start")
+    cluster.mend_link(node)
+    run.wait_for_end()
+    assert_uninterrupted(run, reference)
+
+
+def test_a_killed_slurmd(cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
+    """Tasks run on without it; the run ends as if nothing had been, or begins again where it was."""
+    run = submit(cluster)
+    run.wait_for_step(SAVE_EVERY + 5)
+    cluster.kill_slurmd("n1")
+    cluster.start_slurmd("n1")
+    run.wait_for_end()
+    assert_uninterrupted(run, reference)
+
+
+def test_scancel_is_no_preemption(cluster: Cluster, submit: Submitter) -> None:
+    run = submit(cluster, "--then", "merge")
+    run.wait_for_step(SAVE_EVERY + 5)
+    cluster.run("scancel", run.job_id)
+    run.wait_for_end(state="cancelled")
+    assert run.run.read_state()["reason"] == "scancel"
+    assert run.saved_steps()[-1] > SAVE_EVERY  # it saved on its way out
+    merge = run.job["then"][0]["job_id"]
+    cluster.wait_until(lambda: cluster.job(merge)["JobState"] == "CANCELLED", 30, "what follows is cancelled")
+
+
+def test_a_chain_whose_middle_fails(cluster: Cluster, submit: Submitter) -> None:
+    run = submit(cluster, "--nodes", "1", "--then", "merge,verify,report", train={"max_steps": 100})
+    run.wait_for_step(1)
+    (run.path / "merged").write_text("in the way")
+    run.wait_for_end()
+    merge, verify, report = (one["job_id"] for one in run.job["then"])
+    cluster.wait_until(lambda: cluster.job(report)["JobState"] == "CANCELLED", 90, "the chain's end")
+    assert cluster.job(merge)["JobState"] == "FAILED"
+    assert cluster.job(verify)["JobState"] == "CANCELLED"
+    assert run.state == "done"
+
+
+def test_wrong_data_found_by_the_job_are_not_tried_again(
+    cluster: Cluster, submit: Submitter, slurm_toy: dict[str, Any]
+) -> None:
+    run = submit(
+        cluster, "--nodes", "1", slurm={"setup": [f"rm -r {submit.folder}/copy"]}, **_own_rows(submit, slurm_toy)
+    )
+    run.wait_for_end(state="failed")
+    assert [(end["action"], end["state"]) for end in run.events("end")] in (
+        [("give up", "failed")],
+        [("finish", "failed")],
+    )
+    assert "rows.jsonl" in run.output()
+
+
+def _own_rows(submit: Submitter, slurm_toy: dict[str, Any]) -> dict[str, Any]:
+    source = dict(slurm_toy["data"]["train"][0])
+    copy = submit.folder / "copy" / "rows.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(Path(source["path"]).read_bytes())
+    return {"data": {"train": [source | {"path": str(copy)}]}}
+
+
+def test_a_run_that_always_crashes_is_given_up(cluster: Cluster, submit: Submitter) -> None:
+    run = submit(cluster, "--nodes", "1", slurm={"python": "false"})
+    run.wait_for_end(state="failed")
+    assert [end["action"] for end in run.events("end")] == ["requeue", "requeue", "give up"]
+    assert "3 starts in a row" in run.run.read_state()["reason"]
