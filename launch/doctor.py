@@ -46,12 +46,11 @@ def doctor(*, cluster: Path | None = None, json: bool = False) -> None:
         read_driver,
         start_probes,
     )
-    from slurm.cluster import find_profile
 
     with _spinner():
         probes = start_probes()
         environment = run_checks([check_python, check_code, check_git, check_versions, check_optional])
-        on_cluster, facts = _look_at_cluster(find_profile(cluster))
+        on_cluster, facts = _look_at_cluster(cluster)
         driver = read_driver()
         host = run_checks([partial(check_gpus, driver), check_shm, check_disks, check_hub])
         environment += run_checks([partial(check_libraries, probes, driver)])
@@ -70,9 +69,10 @@ def _look_at_cluster(profile: Path | None) -> tuple[list[Check], ClusterFacts | 
 
     try:
         from launch.cluster_checks import ClusterChecks
+        from slurm.cluster import find_profile
     except ImportError as error:  # of another package called slurm, or trainer
         return [Check("SLURM", "failed", f"cannot be looked at: {error}", "see code, above")], None
-    cluster = ClusterChecks(profile)
+    cluster = ClusterChecks(find_profile(profile))
     checks = [
         cluster.check_commands,
         cluster.check_profile,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def submit(
     recipe: Path,
     *,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
+    nodes: str | None = None,
+    gpus_per_node: str | None = None,
     run_dir: Path | None = None,
     cluster: Path | None = None,
     array: list[str] | None = None,
@@ -58,7 +58,8 @@ def submit(
     commands = [command.strip() for command in then.split(",")] if then else []
     found = plan(configs, home, variations, commands)
     if not found.run_dirs:
-        print(f"{home}: every run is done or queued; nothing to submit (packtrain status {home})")
+        what = "every run is done or queued" if variations else "this run is done"
+        print(f"{home}: {what}; nothing to submit (packtrain status {home})")
         return
     verdict = ask_sbatch(found.script)
     if dry_run:
@@ -72,7 +73,7 @@ def submit(
     _tell(found, queue(found), home)
 
 
-def _asked(overrides: dict[str, Any], nodes: int | None, gpus_per_node: int | None) -> dict[str, Any]:
+def _asked(overrides: dict[str, Any], nodes: str | None, gpus_per_node: str | None) -> dict[str, Any]:
     short = {"slurm.nodes": nodes, "slurm.gpus_per_node": gpus_per_node}
     for field, value in short.items():
         if value is not None and field in overrides:

@@ -4,7 +4,7 @@
 # run dir: with --kill-on-bad-exit srun's status is that of whichever process it ended first.
 #
 #   begin                      before srun: notes the start, and goes no further with a run that was cancelled
-#   check_setup STATUS LINE    after a line of slurm.setup
+#   check_setup STATUS LINE    after a line of slurm.setup, which may have ended this shell: then `end` comes all the same
 #   end STATUS                 after srun: ends the job, or has SLURM queue it again
 #   check_not_cancelled        all that a job that follows needs of this
 #
@@ -24,18 +24,25 @@ begin() {
   if [ -e "$RUN/cancelled" ]; then
     finish 0 cancelled "packtrain cancel"
   fi
+  if is_outdated; then
+    echo "packtrain: this run was submitted again; job $JOB leaves it alone" >&2
+    exit 1
+  fi
+  trap 'end $?' EXIT
   printf '{"event":"start","time":%d,"job_id":"%s","restart":%d,"nodes":"%s","step":%d}\n' \
     "$(date +%s)" "$JOB" "$RESTART" "$SLURM_JOB_NODELIST" "$FIRST_STEP" >> "$RUN/attempts.jsonl"
 }
 
 end() {
   local status=$1 state blamed
+  trap - EXIT
+  set +eu
   state=$(field state)
   blamed=
   if [ "$STATE_BEFORE" = "$(fingerprint)" ]; then
     state=unknown # the run never got as far as to say something
     case $status in
-      0) state=done ;;
+      0) finish "$status" failed "the job's shell ended before the run began: see slurm.setup" ;;
       2) finish "$status" failed "refused at its start: packtrain logs shows why" ;;
       75) state=preempted ;;
     esac
@@ -75,12 +82,20 @@ check_not_cancelled() {
   [ ! -e "$RUN/cancelled" ] || exit 1
 }
 
+# Whether a later submission has this run.
+is_outdated() {
+  local newest
+  newest=$(sed -n 's/.*"submission": ".*\/\([0-9]*\)".*/\1/p' "$RUN/job.json" 2>/dev/null)
+  [ $((10#0$newest)) -gt $((10#0${SUBMISSION##*/})) ]
+}
+
 find_run() {
   RUN=$(sed -n "$((${SLURM_ARRAY_TASK_ID:-0} + 1))p" "$SUBMISSION/runs")
 }
 
 # Ends the job for good: with what it ends as, and why.
 finish() {
+  trap - EXIT
   local action="give up"
   [ "$2" != cancelled ] || action=finish
   write_state "$2" "$3"

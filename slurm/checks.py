@@ -20,6 +20,14 @@ NOT_IN_PATHS = "%:\\\n\r\t"  # sbatch fills in %j and the like, PYTHONPATH is a 
 def check_home(home: Path, is_sweep: bool) -> None:
     if home.exists() and not home.is_dir():
         raise UserError(str(home), "is a file", "a folder, there or not yet", "name another --run-dir")
+    own = {".lock", "state.json", "job.json", "sweep.json", "submissions"}
+    if home.exists() and (found := {entry.name for entry in home.iterdir()}) and not found & own:
+        raise UserError(
+            str(home),
+            f"no run made this folder, which holds {_some(sorted(found))}",
+            "the folder of a run, an empty one, or none yet",
+            "name another --run-dir",
+        )
     if is_sweep and RunDir(home).state.exists():
         raise UserError(str(home), "is a run, and a sweep has a folder of its own", fix="name another --run-dir")
     if not is_sweep and (home / "sweep.json").exists():

@@ -141,7 +141,8 @@ def _setup(slurm: SlurmConfig, submission: Path) -> list[str]:
 def _own_setup(slurm: SlurmConfig) -> list[str]:
     """The user's shell lines; where one fails the job says which."""
     lines = [f"module load {shlex.quote(module)}" for module in slurm.modules] + slurm.setup
-    return [part for line in lines for part in (line, f"check_setup $? {shlex.quote(line)}")]
+    checked = [part for line in lines for part in (line, f"check_setup $? {shlex.quote(line)}")]
+    return [*checked, "set +eu"] if lines else []  # some activation scripts set them, and leave them set
 
 
 def _exports(variables: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import getpass
 import importlib.metadata
 import json
@@ -12,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def new_submission(home: Path, folder: Path) -> Path:
     """Makes `folder`; only its owner may enter `home`.
 
     Raises:
-        UserError: somebody else has just made it.
+        UserError: somebody else has submitted since `folder` was chosen.
     """
     home.mkdir(parents=True, exist_ok=True)
     home.chmod(0o700)
@@ -50,6 +52,30 @@ def new_submission(home: Path, folder: Path) -> Path:
     except FileExistsError as error:
         raise UserError(str(folder), "is being submitted by another process", fix="see packtrain status") from error
     return folder
+
+
+@contextlib.contextmanager
+def submitting(home: Path) -> Iterator[None]:
+    """Inside, nobody else submits this run or sweep.
+
+    Raises:
+        UserError: somebody does.
+    """
+    with open(home / "submissions" / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(str(home), "is being submitted by another process", fix="see packtrain status") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def check_not_submitting(home: Path) -> None:
+    """Raises UserError where somebody else is submitting this run or sweep."""
+    if (home / "submissions" / ".lock").exists():
+        with submitting(home):
+            pass
 
 
 def take_snapshot(submission: Path, configs: Sequence[RunConfig], run_dirs: Sequence[Path]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -16,12 +18,19 @@ from typing import Any
 from submitit import Job, SlurmExecutor
 
 from slurm.checks import GPUS_USED, check_home, check_request, check_strategy, check_then
-from slurm.cluster import SlurmError, read_cluster
+from slurm.cluster import SlurmError, SlurmMissing, read_cluster
 from slurm.history import read_job
 from slurm.job import run_command, run_task
 from slurm.queue import job_states
 from slurm.script import command_script, script_text, training_script
-from slurm.snapshot import new_submission, next_submission, take_snapshot, with_absolute_paths
+from slurm.snapshot import (
+    check_not_submitting,
+    new_submission,
+    next_submission,
+    submitting,
+    take_snapshot,
+    with_absolute_paths,
+)
 from slurm.sweep import Variation
 from trainer.checkpoint.layout import RunDir, write_atomically
 from trainer.config import RunConfig, SlurmConfig
@@ -106,10 +115,13 @@ def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variatio
         SlurmError: SLURM does not answer.
     """
     home = Path(os.path.abspath(home.expanduser()))  # without .., whose folder may go; links stay, nodes may differ
+    if not shutil.which("srun"):  # submitit asks for it, too
+        raise SlurmMissing("srun")
     check_home(home, is_sweep=bool(variations))
     check_then(configs[0], then)
     slurm = configs[0].slurm
     check_request(slurm, read_cluster(), then)
+    check_not_submitting(home)
     run_dirs = [home / variation.name for variation in variations] or [home]
     open_runs = _not_queued(run_dirs)
     if not variations and not open_runs:
@@ -117,8 +129,7 @@ def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variatio
         raise UserError(
             str(home), f"job {job_id} has this run", fix="packtrain cancel ends it; packtrain status shows it"
         )
-    if variations:
-        open_runs = [index for index in open_runs if RunDir(run_dirs[index]).read_state().get("state") != "done"]
+    open_runs = [index for index in open_runs if RunDir(run_dirs[index]).read_state().get("state") != "done"]
     chosen = []
     for index in open_runs:
         check_strategy(configs[index])
@@ -146,6 +157,12 @@ def ask_sbatch(script: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
+        shell = subprocess.run(["bash", "-n", file.name], capture_output=True, text=True, check=False)
+        if shell.returncode:
+            said = shell.stderr.replace(f"{file.name}: ", "").strip()
+            raise UserError(
+                "slurm.setup", f"is no valid shell: {said}", fix="mend its quotes; --dry-run shows the script"
+            )
         command = ["sbatch", "--test-only", file.name]
         try:
             found = subprocess.run(command, capture_output=True, text=True, timeout=30, errors="replace")
@@ -164,10 +181,19 @@ def submit(plan: Plan) -> list[Submitted]:
         PacktrainError: SLURM refused; nothing is queued, or what was is cancelled.
     """
     submission = new_submission(plan.home, plan.submission)
+    with submitting(plan.home):
+        return _submit(plan, submission)
+
+
+def _submit(plan: Plan, submission: Path) -> list[Submitted]:
     for run_dir in plan.run_dirs:
         run_dir.mkdir(parents=True, exist_ok=True)
         run_dir.chmod(0o700)
-    take_snapshot(submission, plan.configs, plan.run_dirs)
+    try:
+        take_snapshot(submission, plan.configs, plan.run_dirs)
+    except shutil.Error as error:  # one entry a file
+        _, _, why = error.args[0][0]
+        raise PacktrainError(f"{submission}: cannot be written: {why}") from error
     for run_dir in plan.run_dirs:
         _start_afresh(RunDir(run_dir))
     if plan.variations:
@@ -192,6 +218,7 @@ def submit(plan: Plan) -> list[Submitted]:
             )
             for job in jobs
         ]
+        _note_jobs(plan.run_dirs, told)
         for command in plan.then:
             num_gpus = GPUS_USED[command] if slurm.gpus_per_node else 0
             name = f"{plan.name}-{command}"
@@ -200,9 +227,14 @@ def submit(plan: Plan) -> list[Submitted]:
             queued.append(_array_of(following[0].job_id))
             for one, job in zip(told, following, strict=True):
                 one.then.append({"command": command, "job_id": job.job_id})
-        for run_dir, one in zip(plan.run_dirs, told, strict=True):
-            write_atomically(run_dir / "job.json", json.dumps(asdict(one), indent=1) + "\n")
+            _note_jobs(plan.run_dirs, told)
     return told
+
+
+def _note_jobs(run_dirs: Sequence[Path], told: Sequence[Submitted]) -> None:
+    """``job.json`` of each run: whoever asks for its status or cancels it finds the jobs there."""
+    for run_dir, one in zip(run_dirs, told, strict=True):
+        write_atomically(run_dir / "job.json", json.dumps(asdict(one), indent=1) + "\n")
 
 
 def _queue(executor: SlurmExecutor, function: Any, arguments: Sequence[tuple[str, ...]]) -> list[Job[Any]]:
@@ -219,13 +251,21 @@ def _queue(executor: SlurmExecutor, function: Any, arguments: Sequence[tuple[str
 
 @contextlib.contextmanager
 def _cancelled_if_interrupted(queued: list[str]) -> Iterator[None]:
-    """A chain is queued whole or not at all."""
+    """A chain is queued whole or not at all, also where the terminal is closed meanwhile."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except BaseException:
         for job_id in queued:
             subprocess.run(["scancel", job_id], capture_output=True, check=False)
         raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _not_queued(run_dirs: Sequence[Path]) -> list[int]:
@@ -258,5 +298,7 @@ def _start_afresh(run: RunDir) -> None:
     """Whoever submits again wants the run to go on: a cancellation is over, and so are the counts of what failed."""
     for name in ("cancelled", "blamed"):
         (run.path / name).unlink(missing_ok=True)
+    if run.read_state().get("state") in ("failed", "cancelled"):
+        run.state.unlink()  # attempts.jsonl has it
     with open(run.path / "attempts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "submit", "time": int(time.time())}, separators=(",", ":")) + "\n")

@@ -243,6 +243,12 @@ RESERVED_OPTIONS = frozenset(
         *("output", "partition", "qos", "requeue", "signal", "time", "wrap"),
     )
 )
+RESERVED_VARIABLES = frozenset(
+    (
+        *("SUBMISSION", "MAX_RESTARTS", "LIMIT_SECONDS", "EXCLUDE", "RUN", "JOB", "RESTART", "FIRST_STEP"),
+        *("PACKTRAIN_SUBMISSION", "PYTHONPATH", "PYTHONSAFEPATH", "STATE_BEFORE"),
+    )
+)
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 
@@ -383,6 +389,13 @@ class RunConfig(Part):
             broken.append(
                 f"slurm.time is {slurm.time}, and the run would stop {slurm.stop_seconds} s before its end. "
                 "Raise it, or lower slurm.stop_seconds"
+            )
+        if taken := sorted(RESERVED_VARIABLES & slurm.env.keys()):
+            broken.append(f"slurm.env sets {', '.join(taken)}, which the job's script sets by itself. Leave it out")
+        if named := sorted(name for name, value in slurm.env.items() if "$" in value):
+            broken.append(
+                f"slurm.env takes values as they are, and {', '.join(named)} has a $. "
+                "Write slurm.setup: [export NAME=...], which the shell reads"
             )
         if taken := sorted(RESERVED_OPTIONS & slurm.sbatch.keys()):
             broken.append(f"slurm.sbatch sets {', '.join(taken)}, which submit sets by itself. Leave it out")

@@ -104,6 +104,28 @@ def test_what_is_queued_is_not_queued_twice(
     run.wait_for_end()
 
 
+def test_a_run_that_is_done_is_not_queued_again(
+    cluster: Cluster, submit: Submitter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = submit(cluster, "--nodes", "1", **SHORT)
+    run.wait_for_end()
+    submit(cluster, "--nodes", "1", **SHORT)
+    assert "this run is done; nothing to submit" in capsys.readouterr().out
+    assert len(run.events("submit")) == 1
+
+
+def test_a_folder_of_others_is_left_as_it_is(
+    cluster: Cluster, submit: Submitter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    team = submit.folder / "team"
+    team.mkdir(mode=0o2775)
+    (team / "results.csv").touch()
+    with submit.on(cluster):
+        assert main(["submit", str(submit.write("recipe")), "--run-dir", str(team)]) == 2
+    assert "results.csv" in capsys.readouterr().err
+    assert [path.name for path in team.iterdir()] == ["results.csv"]
+
+
 def test_dry_run_is_quick_and_queues_nothing(cluster: Cluster, submit: Submitter) -> None:
     recipe = submit.write("recipe", slurm={"nodes": 2, "gpus_per_node": 4, "time": "1-06:00:00"})
     command = [sys.executable, "-m", "launch.cli", "submit", str(recipe), "--dry-run"]
@@ -126,6 +148,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "more nodes than there are": ({}, ["--nodes", "5"], "at most 4"),
     "more cores than a node has": ({"cpus_per_gpu": 17}, [], "16 cores"),
     "a kind of GPU that is not there": ({"gpu_type": "a100"}, [], "no type"),
+    "half a node": ({}, ["--nodes", "1.5"], "slurm.nodes"),
+    "a setup with an open quote": ({"setup": ["echo 'open"]}, [], "no valid shell"),
     "no time": ({"time": "soon"}, [], "04:00:00"),
     "a partition with a line of its own": ({"partition": "gpu\n#SBATCH --uid=0"}, [], "on one line"),
     "an option that is submit's": ({"sbatch": {"signal": "KILL"}}, [], "sets signal"),

@@ -56,7 +56,7 @@ class Commands:
     @property
     def environ(self) -> dict[str, str]:
         """For a process of its own."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "COLUMNS"))}
         return kept | {"PATH": str(self.folder)}
 
 

@@ -26,7 +26,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.run, self.calls = folder / "a 'run'", folder / "calls"
-        self.submission, self.bin = folder / "submission", folder / "bin"
+        self.submission, self.bin = folder / "0001", folder / "bin"
         for path in (self.run / "checkpoints", self.submission, self.bin):
             path.mkdir(parents=True)
         (self.submission / "runs").write_text(f"{folder / 'other'}\n{self.run}\n")
@@ -49,6 +49,7 @@ class Job:
         restarts: int = 0,
         requeue: str = "true",
         limit: int = 10**6,
+        setup: str = ":",
         **variables: str,
     ) -> int:
         """One start: `begin`, the run writes its state and saves, srun ends, `end`; the shell's status."""
@@ -65,7 +66,7 @@ class Job:
             work.append(f'mkdir "{folder}"; touch "{folder}/manifest.json"')
         script = [
             f"MAX_RESTARTS=5 LIMIT_SECONDS={limit} EXCLUDE=n9 SUBMISSION={shlex.quote(str(self.submission))}",
-            *(f"source {BATCH}", "begin", *work, f"end {status}"),
+            *(f"source {BATCH}", "begin", setup, *work, f"end {status}"),
         ]
         environ = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -212,6 +213,28 @@ def test_preemptions_are_no_crashes(job: Job) -> None:
 def test_a_time_limit_too_short_for_a_step_is_noticed(job: Job) -> None:
     asked = [bool(job(75, state_of("preempted", time=time), limit=0) and job.asked) for time in range(3)]
     assert asked == [True, True, False]
+
+
+def test_a_setup_that_lets_the_shell_end_early_changes_nothing(job: Job) -> None:
+    assert job(75, state_of("preempted"), saves=7, setup="set -euo pipefail\nset +eu") == 1
+    assert job.asked == ["requeue 12_1"]
+
+
+def test_a_setup_that_ends_the_shell_is_told(job: Job) -> None:
+    assert job(0, setup="exit 0") == 1
+    assert (job.asked, job.state["state"]) == ([], "failed")
+    assert "slurm.setup" in job.state["reason"]
+
+
+def test_a_job_whose_run_was_submitted_again_leaves_it_alone(job: Job) -> None:
+    other = job.submission.parent / "0002"
+    (job.run / "job.json").write_text(json.dumps({"job_id": "99", "submission": str(other)}, indent=1))
+    assert job(75, state_of("preempted")) == 1
+    assert job.asked == []
+    assert not (job.run / "attempts.jsonl").exists()
+    (job.run / "job.json").write_text(json.dumps({"job_id": "99", "submission": str(job.submission)}, indent=1))
+    job(75, state_of("preempted"))
+    assert job.asked == ["requeue 12_1"]
 
 
 def test_a_cluster_that_does_not_requeue(job: Job) -> None:

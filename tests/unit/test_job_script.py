@@ -60,6 +60,7 @@ module load CUDA/12.8
 check_setup $? 'module load CUDA/12.8'
 conda activate packtrain
 check_setup $? 'conda activate packtrain'
+set +eu
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -209,6 +210,8 @@ def test_a_profiles_errors_name_its_lines(tmp_path: Path, toy_recipe_file: Calla
         {"sbatch": {"requeue": False}},
         {"memory": "lots"},
         {"time": "1", "stop_seconds": 60},
+        {"env": {"PATH": "/opt/bin:$PATH"}},
+        {"env": {"PYTHONPATH": "/opt"}},
     ],
 )
 def test_what_could_break_out_of_the_script_is_refused(

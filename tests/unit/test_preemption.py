@@ -186,6 +186,25 @@ def main():
 """
 
 
+BUSY = """
+import os, signal, time
+from trainer.preemption import StopRequest
+
+def main():
+    with StopRequest() as stop:
+        assert stop.age == 0.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # in a call that nothing interrupts
+        assert 0.3 < stop.age < 60, stop.age
+"""
+
+
+def test_the_moment_of_a_signal_is_noted_though_nobody_asks(tmp_path: Path) -> None:
+    process = start([], tmp_path, BUSY)
+    _, said = process.communicate(timeout=WAIT)
+    assert process.returncode == 0 and "SIGTERM received" in said, said
+
+
 def test_workers_outlive_signals_from_their_first_moment_on(tmp_path: Path) -> None:
     process = start([], tmp_path, POOL)
     wait_until(process, lambda: len(members(process.pid)) > 1)  # the first is starting

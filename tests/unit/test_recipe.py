@@ -89,7 +89,7 @@ export: [merge]
         "recipe.yaml:14: train.global_batch: give either tokens or rows",
         "recipe.yaml:14: train.micro_batch: found 0\n  allowed: auto, or a whole number of at least 1",
         "recipe.yaml:15: learning_rate: unknown field\n  allowed: model, quantization, adapter, data, strategy, optim, "
-        "schedule, train, eval, checkpoint, tracking, export\n  fix: did you mean optim.lr?",
+        "schedule, train, eval, checkpoint, tracking, slurm, export\n  fix: did you mean optim.lr?",
         'recipe.yaml:16: export: found ["merge"]\n  allowed: a section with merge, base, verify',
     ]
 

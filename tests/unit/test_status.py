@@ -53,6 +53,15 @@ def ask_run(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, Any]:
 RUNNING = {"State": "RUNNING", "NodeList": "n[1-2]", "TimeUsed": "50:00", "StartTime": str(int(NOW - 3000))}
 WAITING = {"State": "PENDING", "Reason": "Resources", "StartTime": str(int(NOW + 600))}
 FIRST = [start(3000)]
+
+
+@pytest.fixture(autouse=True)
+def _the_time_that_files_are_written_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the tests before these took; and a terminal of unknown width."""
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 REQUEUED = [start(3000), end(1000, "preempted", 300, "requeue")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -218,9 +219,11 @@ def _manifest(folder: Path) -> Record:
 
 
 def _recipe(run_dir: RunDir) -> str:
+    """Without what it asks of a cluster: a page is handed on, and `slurm.env` may hold keys."""
     if not run_dir.recipe.exists():
         return ""
-    return f'<div class="box"><pre>{page.escape(run_dir.recipe.read_text(encoding="utf-8"))}</pre></div>'
+    recipe = re.sub(r"(?ms)^slurm:.*?(?=^\S|\Z)", "", run_dir.recipe.read_text(encoding="utf-8"))
+    return f'<div class="box"><pre>{page.escape(recipe)}</pre></div>'
 
 
 def _curves(records: Records) -> str:
