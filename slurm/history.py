@@ -9,6 +9,7 @@ sweep.json        in the folder of a sweep: what is varied, and its runs
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -65,14 +66,29 @@ class History:
 
 
 def read_job(run_dir: Path) -> dict[str, Any]:
-    """``job.json``; empty where the run was not submitted."""
-    return _read_dict(run_dir / JOB)
+    """``job.json``; empty where the run was not submitted, or something else has written in it."""
+    job = _read_dict(run_dir / JOB)
+    then = job.get("then", [])
+    is_whole = (
+        isinstance(job.get("job_id"), str)
+        and isinstance(job.get("submission"), str)
+        and isinstance(job.get("submitted", 0.0), int | float)
+        and isinstance(then, list)
+        and all(isinstance(one, dict) and {"command", "job_id"} <= one.keys() for one in then)
+    )
+    return job if is_whole else {}
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """``sweep.json`` with ``fields`` and ``runs``; empty where the folder is no sweep's."""
     sweep = _read_dict(folder / SWEEP)
-    return sweep if isinstance(sweep.get("runs"), list) and isinstance(sweep.get("fields"), list) else {}
+    runs = sweep.get("runs")
+    is_whole = (
+        isinstance(sweep.get("fields"), list)
+        and isinstance(runs, list)
+        and all(isinstance(run, dict) and isinstance(run.get("run_dir"), str) for run in runs)
+    )
+    return sweep if is_whole else {}
 
 
 def read_history(run_dir: Path) -> History:
@@ -81,29 +97,36 @@ def read_history(run_dir: Path) -> History:
     num_before = 0
     for record in _read_lines(run_dir / ATTEMPTS):
         event = record.get("event")
-        if event == "submit":
-            num_before = len(attempts)
-        elif event == "start":
-            attempts.append(
-                Attempt(
-                    float(record["time"]),
-                    str(record.get("job_id", "")),
-                    int(record.get("restart", 0)),
-                    str(record.get("nodes", "")),
-                    int(record.get("step", 0)),
-                )
-            )
-        elif event == "end" and attempts and _is_end_of(record, attempts[-1]):
-            attempts[-1] = replace(
-                attempts[-1],
-                end=float(record["time"]),
-                last_step=record.get("step"),
-                status=record.get("status"),
-                state=str(record.get("state", "")),
-                action=str(record.get("action", "")),
-                why=str(record.get("why", "")),
-            )
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # written by something else
+            if event == "submit":
+                num_before = len(attempts)
+            elif event == "start":
+                attempts.append(_start(record))
+            elif event == "end" and attempts and _is_end_of(record, attempts[-1]):
+                attempts[-1] = _ended(attempts[-1], record)
     return History(attempts, len(attempts) - num_before)
+
+
+def _start(record: dict[str, Any]) -> Attempt:
+    return Attempt(
+        float(record["time"]),
+        str(record.get("job_id", "")),
+        int(record.get("restart", 0)),
+        str(record.get("nodes", "")),
+        int(record.get("step", 0)),
+    )
+
+
+def _ended(attempt: Attempt, record: dict[str, Any]) -> Attempt:
+    return replace(
+        attempt,
+        end=float(record["time"]),
+        last_step=record.get("step"),
+        status=record.get("status"),
+        state=str(record.get("state", "")),
+        action=str(record.get("action", "")),
+        why=str(record.get("why", "")),
+    )
 
 
 def read_blamed(run_dir: Path) -> dict[str, int]:

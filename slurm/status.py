@@ -225,6 +225,8 @@ def reconcile(record: Mapping[str, Any], job: JobState | None, is_cancelled: boo
     if not job.answered:
         return {"preempted": "requeued", "": "unknown"}.get(said, said), "by the run dir alone"
     how = f"job {job.job_id} ended as {job.state}" if job.state != UNKNOWN else f"job {job.job_id}: {job.reason}"
+    if not history.num_recent:
+        return "lost", f"{how} before it wrote a word: do the nodes share the file system of this folder?"
     return "lost", f"{how}; submit it again to go on"
 
 

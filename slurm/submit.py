@@ -19,7 +19,7 @@ from submitit import Job, SlurmExecutor
 
 from slurm.checks import GPUS_USED, check_home, check_request, check_strategy, check_then
 from slurm.cluster import SlurmError, SlurmMissing, read_cluster
-from slurm.history import read_job
+from slurm.history import JOB, SWEEP, read_job, read_sweep
 from slurm.job import run_command, run_task
 from slurm.queue import job_states
 from slurm.script import command_script, script_text, training_script
@@ -234,7 +234,7 @@ def _submit(plan: Plan, submission: Path) -> list[Submitted]:
 def _note_jobs(run_dirs: Sequence[Path], told: Sequence[Submitted]) -> None:
     """``job.json`` of each run: whoever asks for its status or cancels it finds the jobs there."""
     for run_dir, one in zip(run_dirs, told, strict=True):
-        write_atomically(run_dir / "job.json", json.dumps(asdict(one), indent=1) + "\n")
+        write_atomically(run_dir / JOB, json.dumps(asdict(one), indent=1) + "\n")
 
 
 def _queue(executor: SlurmExecutor, function: Any, arguments: Sequence[tuple[str, ...]]) -> list[Job[Any]]:
@@ -277,12 +277,11 @@ def _not_queued(run_dirs: Sequence[Path]) -> list[int]:
 
 def _note_sweep(home: Path, variations: Sequence[Variation]) -> None:
     """``sweep.json``: what is varied, and the runs; those of earlier submissions stay."""
-    sweep = home / "sweep.json"
-    earlier = json.loads(sweep.read_text(encoding="utf-8")) if sweep.exists() else {"fields": [], "runs": []}
+    earlier = read_sweep(home) or {"fields": [], "runs": []}
     runs = {run["run_dir"]: run for run in earlier["runs"]}
     runs |= {one.name: {"run_dir": one.name, "values": one.values} for one in variations}
     fields = [*dict.fromkeys([*earlier["fields"], *variations[0].values])]
-    write_atomically(sweep, json.dumps({"fields": fields, "runs": list(runs.values())}, indent=1) + "\n")
+    write_atomically(home / SWEEP, json.dumps({"fields": fields, "runs": list(runs.values())}, indent=1) + "\n")
 
 
 def _array_of(job_id: str) -> str:

@@ -452,3 +452,42 @@ print("TOOK", time.perf_counter() - began, status, [name for name in {HEAVY} if 
         assert (status, loaded) == ("0", "[]")
         times.append(float(took))
     assert min(times) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("job.json", '{"job_id": "12"}'),
+        ("job.json", '{"job_id": null, "submission": "/x"}'),
+        ("job.json", '{"job_id": 12, "submission": "/x"}'),
+        ("job.json", '{"job_id": "12", "submission": "/x", "then": [{}]}'),
+        ("job.json", '{"job_id": "12", "submission": "/x", "submitted": "yesterday"}'),
+        ("job.json", "[1]"),
+        ("attempts.jsonl", '{"event":"start","time":1,"restart":"a"}\n'),
+        ("attempts.jsonl", '{"event":"start","time":1,"job_id":"12"}\n{"event":"end","ti'),
+        ("state.json", "garbage"),
+        ("sweep.json", '{"fields": [], "runs": [1]}'),
+        ("sweep.json", "garb"),
+    ],
+)
+def test_what_something_else_has_written_is_no_end_of_status(
+    name: str, text: str, commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "runs" / "one", attempts=FIRST, state="running", steps=20)
+    make_run(tmp_path / "runs" / "two", "13", attempts=FIRST, state="running", steps=20)
+    job(commands, RUNNING)
+    (run_dir / name).write_text(text)
+    for arguments in ([run_dir], [tmp_path / "runs"]):
+        assert cli.main(["status", *map(str, arguments)]) in (0, 2)
+    assert "two" in capsys.readouterr().out
+    assert cli.main(["logs", str(run_dir)]) in (0, 2)
+
+
+def test_a_job_that_ended_before_a_word_asks_for_the_file_system(
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "run")
+    job(commands, {"State": "FAILED"})
+    run = ask_run(capsys, run_dir)
+    assert run["state"] == "lost"
+    assert "share the file system" in run["detail"]
