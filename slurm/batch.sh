@@ -52,8 +52,14 @@ end() {
     [ -n "$blamed" ] && echo "$blamed" >> "$RUN/blamed"
   fi
   case $state in
-    done) record "$status" done finish "" && exit 0 ;;
-    cancelled) record "$status" cancelled finish "" && exit 1 ;;
+    done)
+      record "$status" "done" finish ""
+      exit 0
+      ;;
+    cancelled)
+      record "$status" cancelled finish ""
+      exit 1
+      ;;
     failed) [ -n "$blamed" ] || { record "$status" failed finish ""; exit 1; } ;;
   esac
   if [ -e "$RUN/cancelled" ]; then
