@@ -349,7 +349,7 @@ def test_in_a_pipe_a_row_stays_on_its_line(commands: Commands, tmp_path: Path) -
     shown = subprocess.run(
         command, capture_output=True, text=True, env=environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True
     ).stdout
-    (row,) = [line for line in shown.splitlines() if line.startswith("runs/a-long")]
+    row = next(line for line in shown.splitlines() if line.startswith("runs/a-long"))  # notes come below the table
     assert "20/1000" in row and "running" in row and "n[1-2]" in row
 
 
