@@ -28,7 +28,9 @@ def test_two_nodes_with_two_tasks_each_and_what_follows(
 
 
 def test_time_limit(cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
-    run = submit(cluster, slurm={"time": "1"}, eval={"every_steps": 2})
+    # Answers make the run longer than a job, however fast the machine is.
+    slow = {"every_steps": 1, "samples": [f"Repeat {letter} b c d." for letter in "abcd"], "max_new_tokens": 64}
+    run = submit(cluster, slurm={"time": "1"}, eval=slow)
     run.wait_for_end(400)
     assert_uninterrupted(run, reference)
     ends = run.events("end")
