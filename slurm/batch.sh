@@ -132,20 +132,19 @@ requeue() {
   excluded=$(sort "$RUN/blamed" 2>/dev/null | uniq -c | awk -v least=$BLAMES '$1 >= least { print $2 }' | paste -sd,)
   record "$1" "$2" requeue "${excluded:+without $excluded}"
   echo "packtrain: $2 at step $(newest_step); queued again${excluded:+ without $excluded}" >&2
-  if [ -n "$excluded" ]; then
-    # Nodes can be left out only of a job that waits. From the first command on this shell has KillWait seconds.
-    trap '' TERM # for what it calls, too
+  # SLURM ends this shell, and what it has called, from the first command on; within KillWait it has to be done.
+  trap '' TERM
+  if [ -n "$excluded" ]; then # nodes can be left out only of a job that waits
     answer=$(scontrol requeuehold "$JOB" 2>&1) && answer=$(
       for _ in 1 2 3 4 5; do
         scontrol update "JobId=$JOB" "ExcNodeList=${EXCLUDE:+$EXCLUDE,}$excluded" && break
         sleep 1
       done 2>&1
       scontrol release "$JOB" 2>&1
-    ) && exit 1
+    )
   else
     answer=$(scontrol requeue "$JOB" 2>&1)
   fi || finish "$1" failed "SLURM does not queue the job again ($(tr -c '[:alnum:] ./:_\n-' ' ' <<< "$answer" | paste -sd' ')): submit it again"
-  sleep 600 # SLURM ends this shell
   exit 1
 }
 
