@@ -1,10 +1,10 @@
 # What the batch shell of a training job does around srun. Sourced by the job's script; see script.py.
 #
-# It needs bash, coreutils and, on this host and not in a container, scontrol; no Python. What happened is read from the
-# run dir: with --kill-on-bad-exit srun's status is that of whichever process it ended first.
+# It needs bash, coreutils, sed, grep and awk, and scontrol on this host, not in a container; no Python. What happened is
+# read from the run dir: with --kill-on-bad-exit srun's status is that of whichever process it ended first.
 #
 #   begin                      before srun: notes the start, and goes no further with a run that was cancelled
-#   check_setup STATUS LINE    after a line of slurm.setup, which may have ended this shell: then `end` comes all the same
+#   check_setup STATUS LINE    after a line of slurm.setup; where one ends this shell, `end` comes all the same
 #   end STATUS                 after srun: ends the job, or has SLURM queue it again
 #   check_not_cancelled        all that a job that follows needs of this
 #

@@ -20,7 +20,7 @@ from typing import Any
 from trainer.checkpoint.layout import RunDir
 from trainer.errors import UserError
 
-JOB, SWEEP, ATTEMPTS, BLAMED, CANCELLED = "job.json", "sweep.json", "attempts.jsonl", "blamed", "cancelled"
+SWEEP, ATTEMPTS, BLAMED, CANCELLED = "sweep.json", "attempts.jsonl", "blamed", "cancelled"
 BLAMES_TO_EXCLUDE = 2  # as in batch.sh
 MOST_LEVELS = 4  # of folders that are looked through for runs
 
@@ -67,7 +67,7 @@ class History:
 
 def read_job(run_dir: Path) -> dict[str, Any]:
     """``job.json``; empty where the run was not submitted, or something else has written in it."""
-    job = _read_dict(run_dir / JOB)
+    job = _read_dict(RunDir(run_dir).job)
     then = job.get("then", [])
     is_whole = (
         isinstance(job.get("job_id"), str)
@@ -146,7 +146,7 @@ def is_cancelled(run_dir: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether a run, submitted or not, has written here."""
     run = RunDir(folder)
-    return any(path.exists() for path in (folder / JOB, run.state, run.metrics, run.recipe))
+    return any(path.exists() for path in (run.job, run.state, run.metrics, run.recipe))
 
 
 def find_submitted(folder: Path) -> list[Path]:
@@ -178,7 +178,7 @@ def _is_end_of(record: dict[str, Any], attempt: Attempt) -> bool:
 
 def _walk(folder: Path, levels: int) -> Iterator[Path]:
     try:
-        if (folder / SWEEP).exists() or (folder / JOB).exists():
+        if (folder / SWEEP).exists() or RunDir(folder).job.exists():
             yield folder
         elif levels and not RunDir(folder).state.exists():
             for entry in sorted(folder.iterdir()):

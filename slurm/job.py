@@ -11,8 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
+from trainer.preemption import STOP_SIGNALS
+
 SUBMISSION = "PACKTRAIN_SUBMISSION"  # set by the job's script
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 def run_task(run_dir: str) -> None:

@@ -19,7 +19,7 @@ from submitit import Job, SlurmExecutor
 
 from slurm.checks import GPUS_USED, check_home, check_request, check_strategy, check_then
 from slurm.cluster import SlurmError, SlurmMissing, read_cluster
-from slurm.history import JOB, SWEEP, read_job, read_sweep
+from slurm.history import ATTEMPTS, BLAMED, CANCELLED, SWEEP, read_job, read_sweep
 from slurm.job import run_command, run_task
 from slurm.queue import job_states
 from slurm.script import command_script, script_text, training_script
@@ -234,7 +234,7 @@ def _submit(plan: Plan, submission: Path) -> list[Submitted]:
 def _note_jobs(run_dirs: Sequence[Path], told: Sequence[Submitted]) -> None:
     """``job.json`` of each run: whoever asks for its status or cancels it finds the jobs there."""
     for run_dir, one in zip(run_dirs, told, strict=True):
-        write_atomically(run_dir / JOB, json.dumps(asdict(one), indent=1) + "\n")
+        write_atomically(RunDir(run_dir).job, json.dumps(asdict(one), indent=1) + "\n")
 
 
 def _queue(executor: SlurmExecutor, function: Any, arguments: Sequence[tuple[str, ...]]) -> list[Job[Any]]:
@@ -295,9 +295,9 @@ def _arguments(command: str, run_dir: Path) -> tuple[str, ...]:
 
 def _start_afresh(run: RunDir) -> None:
     """Whoever submits again wants the run to go on: a cancellation is over, and so are the counts of what failed."""
-    for name in ("cancelled", "blamed"):
+    for name in (CANCELLED, BLAMED):
         (run.path / name).unlink(missing_ok=True)
     if run.read_state().get("state") in ("failed", "cancelled"):
         run.state.unlink()  # attempts.jsonl has it
-    with open(run.path / "attempts.jsonl", "a", encoding="utf-8") as file:
+    with open(run.path / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "submit", "time": int(time.time())}, separators=(",", ":")) + "\n")
