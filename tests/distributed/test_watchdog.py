@@ -39,6 +39,7 @@ LIMITS = Limits(
     leave=5.0,
     drain=0.5,
     grace=2.0,
+    courtesy=0.4,
 )
 HOST = socket.gethostname()
 Life = Callable[[Processes, Watchdog], None]
@@ -304,7 +305,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, culprit: int) -> None:
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_an_error_is_told_while_the_process_is_still_on_its_way_out(tmp_path: Path, culprit: int) -> None:
     ended = Ended(tmp_path, raises_and_lingers, culprit)
-    assert ended.seconds < LIMITS.stall + LIMITS.grace
+    assert ended.seconds < LIMITS.stall + LIMITS.grace + LIMITS.courtesy
     spoken = ended.read("stderr_{}")
     assert list(spoken) == [0] and list(ended.read("ended_{}")) == [0]
     assert spoken[0].startswith(f"rank {culprit} on host {HOST}") and "ValueError: a planted error" in spoken[0]

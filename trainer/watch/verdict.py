@@ -13,7 +13,8 @@ from trainer.watch.heartbeat import Beat, Failure
 
 @dataclass(frozen=True)
 class Limits:
-    """Times in seconds. Every way to end but `all_wait` takes less than a minute: probe + stall + 2 beats + grace.
+    """Times in seconds. Every way to end but `all_wait` takes less than a minute: probe + stall + 2 beats + grace
+    + courtesy.
 
     Attributes:
         beat: between two beats: a small message a rank, nothing to the network.
@@ -31,6 +32,7 @@ class Limits:
         leave: rank 0 stays for the others at the end.
         drain: for a message to be read before its connection closes.
         grace: for the main thread to end by itself after the verdict.
+        courtesy: so much later end those that do not tell the user: a launcher asks the first to end for the cause.
     """
 
     beat: float = 2.0
@@ -46,6 +48,7 @@ class Limits:
     leave: float = 5.0
     drain: float = 2.0
     grace: float = 10.0
+    courtesy: float = 2.0
 
 
 # All processes compute the norm of the same gradient; reductions in another order differ by far less.

@@ -196,7 +196,8 @@ class Watchdog:
         if self._processes.rank == verdict.speaker:
             with contextlib.suppress(OSError, ValueError):
                 print(verdict.message, file=sys.stderr, flush=True)
-        deadline = time.monotonic() + self._limits.grace
+        tells = self._processes.rank == (verdict.speaker or 0)
+        deadline = time.monotonic() + self._limits.grace + (0.0 if tells else self._limits.courtesy)
         for step in (self._dump_stacks, self._log, self._tell_owner, self._line.close):
             try:
                 step(verdict)
