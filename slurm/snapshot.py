@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import glob
 import importlib.metadata
 import json
 import os
@@ -115,7 +116,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute_source(source: Source) -> Source:
-    return source.model_copy(update={"path": _absolute(source.path)})
+    path = os.path.abspath(os.path.expanduser(source.path)) if glob.has_magic(source.path) else _absolute(source.path)
+    return source.model_copy(update={"path": path})
 
 
 def _absolute(path: str) -> str:

@@ -6,6 +6,7 @@ A field is here because code reads it: a second way to set a thing is a defect.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -63,14 +64,54 @@ class AdapterConfig(Part):
     modules_to_save: list[str] = Field([], description="modules trained in full too (embed_tokens, lm_head)")
 
 
+RowFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "input_output", "text", "templated"]
+
+
+class Where(Part):
+    """Rows by the value of a column: all that have one of `values`, or an exact mix of them."""
+
+    column: str = Field(description="column of the data set")
+    values: list[str | int] = Field(min_length=1, description="values whose rows are taken")
+    ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="share of total for each of values, in their order; they add up to 1"
+    )
+    total: int | None = Field(None, ge=1, description="rows in all, drawn with data.split.seed")
+
+    @model_validator(mode="after")
+    def _an_exact_mix(self) -> Where:
+        if len(set(self.values)) < len(self.values):
+            raise ValueError(f"values has one twice: {', '.join(map(str, self.values))}")
+        if (self.ratios is None) != (self.total is None):
+            raise ValueError("ratios and total come together: give both, or neither to take all rows of the values")
+        if self.ratios is None:
+            return self
+        if len(self.ratios) != len(self.values):
+            raise ValueError(f"{len(self.values)} values have {len(self.ratios)} ratios: give one for each value")
+        if abs(math.fsum(self.ratios) - 1) > 1e-6:
+            raise ValueError(f"ratios add up to {math.fsum(self.ratios):g}: they have to add up to 1")
+        return self
+
+
 class Source(Part):
     """One data set, or one split of it."""
 
-    path: str = Field(description="file or hub id")
-    split: str = Field("train", description="split of a hub data set")
-    format: Literal["alpaca", "messages", "prompt_completion", "text"] = Field(description="how its rows are read")
+    path: str = Field(description="file, folder, pattern such as data/*.jsonl, or hub id")
+    name: str | None = Field(None, description="configuration of a hub data set that has several")
+    revision: str | None = Field(None, description="revision of a hub data set (branch, tag or commit)")
+    split: str = Field("train", description="split of a hub data set or of a folder")
+    format: RowFormat = Field(description="how its rows are read")
     columns: dict[str, str] = Field({}, description="the format's field -> the data set's column")
+    where: Where | None = Field(None, description="take rows by the value of a column only")
     sample: int | None = Field(None, ge=1, description="take this many rows, drawn with data.split.seed")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often a row is trained on in an epoch: 0.5 half of them, 2 each twice"
+    )
+
+    @model_validator(mode="after")
+    def _one_count(self) -> Source:
+        if self.sample is not None and self.where is not None and self.where.total is not None:
+            raise ValueError("sample and where.total both say how many rows: keep one of them")
+        return self
 
 
 class SplitConfig(Part):
@@ -85,7 +126,10 @@ class DataConfig(Part):
     """What is trained on, and how rows become tokens."""
 
     train: list[Source] = Field(min_length=1, description="sources, concatenated")
-    template: str = Field("tokenizer", description="tokenizer (its chat template), alpaca, or a .jinja file")
+    template: str = Field(
+        "tokenizer",
+        description="tokenizer (its chat template), alpaca, llama2, llama3, chatml, a .jinja file, or Jinja itself",
+    )
     train_on: Literal["all", "assistant", "last_assistant"] = Field("assistant", description="tokens in the loss")
     split: SplitConfig = SplitConfig()
     pack_length: int = Field(4096, ge=8, description="tokens in a pack")

@@ -18,7 +18,7 @@ from trainer.config import RunConfig
 from trainer.data import prepare
 from trainer.data.cache import ABANDONED_SECONDS, cache_root, open_or_build
 from trainer.data.masking import build_labels, load_template
-from trainer.data.prepare import load_split_examples, load_splits
+from trainer.data.prepare import iter_split_examples, load_split_examples, load_splits
 from trainer.data.types import TokenizedRow
 from trainer.errors import UserError
 
@@ -59,7 +59,8 @@ def test_packs_hold_the_rows_that_masking_makes(toy_recipe: Recipe, toy_tokenize
     template = load_template("tokenizer", toy_tokenizer)
     sizes = {}
     for name, packs in splits.items():
-        made = build_labels(load_split_examples(config, name), template, toy_tokenizer, config.data)
+        examples = list(iter_split_examples(config, name, toy_tokenizer))
+        made = build_labels(examples, template, toy_tokenizer, config.data)
         rows = [row for row in made if isinstance(row, TokenizedRow)]
         assert list(packs.rows) == rows
         documents = [document for pack in packs for document in pack]
@@ -162,7 +163,7 @@ def test_dropped_and_cut_rows_are_counted_by_reason(
     assert load_splits(config, toy_tokenizer).reports["train"].dropped == report.dropped
     examples = load_split_examples(config, "train", toy_tokenizer)
     assert [e.row for e in examples] == [*range(40), 41]
-    assert [e.row for e in load_split_examples(config, "train")] == [*range(44)]
+    assert [e.row for e in iter_split_examples(config, "train", toy_tokenizer)] == [*range(44)]
 
 
 def test_all_rows_too_long_is_an_error_that_leaves_nothing(
@@ -299,7 +300,9 @@ def test_splits_share_no_row(toy_recipe: Recipe, toy_tokenizer: PreTrainedTokeni
     assert all(not a & b for a, b in itertools.combinations(origins.values(), 2))
 
 
-def test_a_split_that_is_not_asked_for_cannot_be_had(toy_recipe: Recipe) -> None:
+def test_a_split_that_is_not_asked_for_cannot_be_had(
+    toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(UserError, match="no test rows") as caught:
-        load_split_examples(toy_recipe(), "test")
+        load_split_examples(toy_recipe(), "test", toy_tokenizer)
     assert caught.value.where == "data.split.test"

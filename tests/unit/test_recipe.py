@@ -72,6 +72,7 @@ train: {micro_batch: 0, global_batch: {tokens: 1, rows: 1}}
 learning_rate: 1e-4
 export: [merge]
 """
+    formats = "one of alpaca, messages, sharegpt, prompt_completion, input_output, text, templated"
     assert problems(recipe, text) == [
         "recipe.yaml:1: model.dtipe: unknown field\n"
         "  allowed: path, revision, tokenizer, dtype, attention, trust_remote_code, init\n"
@@ -79,11 +80,10 @@ export: [merge]
         'recipe.yaml:3: adapter.r: found "16"\n'
         "  allowed: a whole number of at least 1\n  fix: take the quotes away: 16",
         'recipe.yaml:4: adapter.targets[1]: found 1\n  allowed: text\n  fix: put it in quotes: "1"',
-        'recipe.yaml:7: data.train[0].format: found "chat"\n'
-        "  allowed: one of alpaca, messages, prompt_completion, text",
-        "recipe.yaml:8: data.train[1].format: missing\n  allowed: one of alpaca, messages, prompt_completion, text",
+        f'recipe.yaml:7: data.train[0].format: found "chat"\n  allowed: {formats}',
+        f"recipe.yaml:8: data.train[1].format: missing\n  allowed: {formats}",
         "recipe.yaml:10: data.split.validation: found 1.5\n  allowed: a number of at least 0 and below 1, "
-        "or a list, each a section with path, split, format, columns, sample",
+        "or a list, each a section with path, name, revision, split, format, columns, where, sample, weight",
         "recipe.yaml:12: optim.lr: found -1.0\n  allowed: a number above 0",
         "recipe.yaml:13: optim.betas[1]: missing\n  allowed: a number of at least 0 and below 1",
         "recipe.yaml:14: train.global_batch: give either tokens or rows",
@@ -131,7 +131,12 @@ def test_unknown_fields_name_the_nearest(recipe: Path, line: str, nearest: str) 
         ("train: {seed: 04:00:00}", '"04:00:00"', "a whole number"),
         ("data: {train: [{path: a, format: text}], packing: yes}", '"yes"', "true or false"),
         ("data: {train: [{path: a, format: text}], packing: 1}", "1", "true or false"),
-        ("data: {train: []}", "[]", "a list of at least 1, each a section with path, split, format, columns, sample"),
+        (
+            "data: {train: []}",
+            "[]",
+            "a list of at least 1, each a section with path, name, revision, split, format, columns, where, sample, "
+            "weight",
+        ),
         ("tracking: {project: 2024}", "2024", "text"),
         ("tracking: {project: 12e4567}", "12e4567", "text"),
         ("eval: {samples: hello}", '"hello"', "a list, each text"),

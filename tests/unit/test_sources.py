@@ -32,9 +32,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
             writer.writerows(rows)
     else:
         import pyarrow as pa
+        import pyarrow.feather
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
+        table = pa.Table.from_pylist(rows)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, path, row_group_size=10)
+        elif path.stem == "stream":
+            with pa.ipc.new_stream(str(path), table.schema) as stream:
+                stream.write_table(table, max_chunksize=10)
+        else:
+            pyarrow.feather.write_feather(table, str(path))
     return path
 
 
@@ -51,19 +59,61 @@ def taken(parts: list[Part]) -> list[dict[str, Any]]:
     return [row for part in parts for _, rows in part.chunks() for row in rows]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "stream.arrow", "feather.arrow"]
+)
 def test_local_files_give_their_rows_without_network(
-    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a local file touched the network")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    rows = open_source(source(write(tmp_path / f"rows.{ending}", ROWS)), "data.train[0]")
+    rows = open_source(source(write(tmp_path / name, ROWS)), "data.train[0]")
     assert len(rows) == 25 and rows.columns == ["prompt", "completion"]
     assert rows.take(range(25)) == ROWS
     assert rows.take([3, 4, 24]) == [ROWS[3], ROWS[4], ROWS[24]]
+    assert rows.take([0, 0, 2]) == [ROWS[0], ROWS[0], ROWS[2]], "rows that are trained on twice"
+    assert list(rows.column("completion")) == [row["completion"] for row in ROWS]
+
+
+def test_a_pattern_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    write(tmp_path / "part-2.jsonl", ROWS[10:])
+    write(tmp_path / "part-1.parquet", ROWS[:7])
+    write(tmp_path / "deep" / "part-1.csv", ROWS[7:10])
+    (tmp_path / "part-folder").mkdir()
+    rows = open_source(source(tmp_path / "**" / "part-*"), "w")
+    assert rows.take(range(25)) == [*ROWS[7:10], *ROWS[:7], *ROWS[10:]]
+    assert rows.take([2, 3, 3, 9, 10, 24]) == [ROWS[9], ROWS[0], ROWS[0], ROWS[6], ROWS[10], ROWS[24]]
+    assert list(rows.column("prompt"))[3] == ROWS[0]["prompt"]
+    before = rows.content_hash
+    write(tmp_path / "part-2.jsonl", [*ROWS[10:24], ROWS[0]])
+    assert open_source(source(tmp_path / "**" / "part-*"), "w").content_hash != before
+    with pytest.raises(UserError, match="no file matches"):
+        open_source(source(tmp_path / "other-*"), "w")
+
+
+@pytest.mark.parametrize("fields", [{"split": "test"}, {"name": "main"}, {"revision": "v1"}])
+def test_what_only_hub_sets_have_is_refused_for_files(tmp_path: Path, fields: dict[str, str]) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    (field,) = fields
+    for place in (path, tmp_path / "*.jsonl"):
+        with pytest.raises(UserError, match="is local") as caught:
+            open_source(source(place, **fields), "data.train[0]")
+        assert caught.value.where == f"data.train[0].{field}"
+
+
+def test_a_saved_data_set_is_read_by_its_splits(tmp_path: Path) -> None:
+    import datasets
+
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "dev": one.select(range(3))}).save_to_disk(tmp_path / "several")
+    assert open_source(source(tmp_path / "one"), "w").take(range(25)) == ROWS
+    assert open_source(source(tmp_path / "several", split="dev"), "w").take(range(3)) == ROWS[:3]
+    with pytest.raises(UserError, match="splits train, dev"):
+        open_source(source(tmp_path / "several", split="test"), "w")
 
 
 def test_json_with_an_object_a_line_is_read_too(tmp_path: Path) -> None:
@@ -115,6 +165,7 @@ BAD_FILES = {
     "empty.jsonl": ("\n", "has no rows"),
     "empty.csv": ("prompt,completion\n", "has no rows"),
     "not.parquet": ("PAR?", "is not Parquet"),
+    "not.arrow": ("ARROW?", "is not Arrow"),
     "latin.csv": (b"prompt,completion\n\xfc,a\n", "UTF-8"),
 }
 

@@ -2,13 +2,19 @@
 
 - ``alpaca``: instruction, input (or context), output (or response). The user asks the instruction, a blank line and the
   input; the assistant answers the output.
-- ``messages``: messages, a list of ``{role, content}`` as OpenAI has them; a message may say ``"train": false``.
+- ``messages``: messages, a list of ``{role, content}`` as OpenAI has them, with tool_calls and reasoning_content where
+  the template writes them; a message may say ``"train": false``. tools, if there, are the functions to call.
+- ``sharegpt``: conversations, a list of ``{from, value}``; system and tools may stand in columns of their own.
 - ``prompt_completion``: prompt, completion. The user asks the prompt, the assistant answers the completion.
+- ``input_output``: the same under the names input and output.
 - ``text``: text, as it is, without template; for pre-training.
+- ``templated``: text that a template was applied to already, such as ``<s>[INST] ... [/INST] ... </s>``. With
+  ``train_on: all`` it is trained as it is; else `templated.py` finds the messages in it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +24,16 @@ from trainer.data.types import Example
 from trainer.errors import UserError
 
 TEXT_ROLE = "text"
+TOOL_CALLS = "tool_calls"
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 Message = dict[str, Any]
 
 
@@ -86,7 +102,7 @@ def read_example(row: Mapping[str, Any], index: int, source: Source, columns: Ma
         BadRow: a field is missing or is not what the format wants.
     """
     fields = {name: row.get(column) for name, column in columns.items()}
-    return Example(source.path, index, FORMATS[source.format].to_messages(fields))
+    return Example(source.path, index, FORMATS[source.format].to_messages(fields), _tools(fields.get("tools")))
 
 
 def _alpaca(fields: dict[str, Any]) -> list[Message]:
@@ -97,10 +113,11 @@ def _alpaca(fields: dict[str, Any]) -> list[Message]:
     return [user, {"role": "assistant", "content": _text(fields, "output")}]
 
 
-def _prompt_completion(fields: dict[str, Any]) -> list[Message]:
-    return [
-        {"role": "user", "content": _text(fields, "prompt")},
-        {"role": "assistant", "content": _text(fields, "completion")},
+def _question_and_answer(question: str, answer: str) -> Callable[[dict[str, Any]], list[Message]]:
+    """What makes messages of two fields, by their names."""
+    return lambda fields: [
+        {"role": "user", "content": _text(fields, question)},
+        {"role": "assistant", "content": _text(fields, answer)},
     ]
 
 
@@ -126,7 +143,67 @@ def _message(message: Any) -> Message:
     if not isinstance(message.get("train", True), bool | None):
         raise BadRow("a message's train is neither true nor false")
     kept = {key: value for key, value in message.items() if value is not None}  # Arrow fills absent keys with null
-    return {**kept, "content": _content(message.get("content"))}
+    if not kept.get(TOOL_CALLS):
+        kept.pop(TOOL_CALLS, None)
+        return {**kept, "content": _content(message.get("content"))}
+    # OpenAI has null where an assistant only calls.
+    content = _content(message.get("content") or "")
+    return {**kept, "content": content, TOOL_CALLS: [_tool_call(call) for call in _list(kept[TOOL_CALLS], TOOL_CALLS)]}
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """A call with its arguments as a dict, which templates want; OpenAI has them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow("a tool call has no function with a name")
+    arguments = _parsed(function.get("arguments") or {}, "a tool call's arguments")
+    if not isinstance(arguments, dict):
+        raise BadRow("a tool call's arguments are no object")
+    kept = {key: value for key, value in call.items() if value is not None}
+    return {**kept, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(tools: Any) -> list[dict[str, Any]]:
+    """Functions as JSON schemas, from a list or its JSON text."""
+    if _is_absent(tools) or tools in ("", []):
+        return []
+    found = _list(_parsed(tools, "tools"), "tools")
+    if not all(isinstance(tool, dict) for tool in found):
+        raise BadRow("tools is not a list of functions")
+    return found
+
+
+def _parsed(value: Any, name: str) -> Any:
+    try:
+        return json.loads(_whole(value, name)) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow(f"{name} is not JSON") from error
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is not a list")
+    return value
+
+
+def _sharegpt(fields: dict[str, Any]) -> list[Message]:
+    turns = fields.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("conversations is not a list of turns")
+    system = _optional_text(fields, "system")
+    beginning = [{"role": "system", "content": system}] if system else []
+    return beginning + [_turn(turn) for turn in turns]
+
+
+def _turn(turn: Any) -> Message:
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
+        raise BadRow("a turn does not say who it is from")
+    if turn["from"] not in SPEAKERS:
+        raise BadRow(f"a turn is from {turn['from'][:40]!r}, not one of {', '.join(SPEAKERS)}")
+    message = {"role": SPEAKERS[turn["from"]], "content": _content(turn.get("value"))}
+    return message if turn.get("train") is None else _message({**message, "train": turn["train"]})
 
 
 def _content(content: Any) -> str:
@@ -163,6 +240,7 @@ def _whole(text: str, name: str) -> str:
     return text
 
 
+TOOLS = Field(("tools",), required=False)
 FORMATS = {
     "alpaca": Format(
         {
@@ -172,9 +250,22 @@ FORMATS = {
         },
         _alpaca,
     ),
-    "messages": Format({"messages": Field(("messages",))}, _messages),
+    "messages": Format({"messages": Field(("messages",)), "tools": TOOLS}, _messages),
+    "sharegpt": Format(
+        {
+            "conversations": Field(("conversations", "conversation")),
+            "system": Field(("system",), required=False),
+            "tools": TOOLS,
+        },
+        _sharegpt,
+    ),
     "prompt_completion": Format(
-        {"prompt": Field(("prompt",)), "completion": Field(("completion",))}, _prompt_completion
+        {"prompt": Field(("prompt",)), "completion": Field(("completion",))},
+        _question_and_answer("prompt", "completion"),
+    ),
+    "input_output": Format(
+        {"input": Field(("input",)), "output": Field(("output",))}, _question_and_answer("input", "output")
     ),
     "text": Format({"text": Field(("text",))}, _plain_text),
+    "templated": Format({"text": Field(("text",))}, _plain_text),
 }

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.formats import TOOL_CALLS
 from trainer.data.templates import Template
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+Place = tuple[str | int, ...]  # such as ("content",) or ("tool_calls", 0, "function", "name")
 
 ALTERED = "the template alters a message's text"
 LEFT_OUT = "the template leaves out or reorders messages"
 NO_STOP = "the template writes no stop token after an answer"
 NO_PROMPT_END = "the template's generation prompt is not what precedes the answer"
 STARTS_WITH_ANSWER = "the conversation starts with the answer"
+CONTENT: Place = ("content",)
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private use: no template looks for them
 _MARK = re.compile(f"{_OPEN}(\\d+)\\.(\\d+){_CLOSE}")
 
@@ -41,11 +44,11 @@ class Layout:
 
     Attributes:
         literals: the template's text before, between and after the slots, ``[slots + 1]``.
-        slots: ``(message index, field)`` of the text that goes there, in the order of the text.
+        slots: ``(message index, place in the message)`` of the text that goes there, in the order of the text.
     """
 
     literals: tuple[str, ...]
-    slots: tuple[tuple[int, str], ...]
+    slots: tuple[tuple[int, Place], ...]
 
 
 class Layouts:
@@ -68,8 +71,11 @@ class Layouts:
         if key not in self._known:
             text = self._template.render(self._tokenizer, marked, add_generation_prompt)
             pieces = _MARK.split(text)
-            numbers = zip(map(int, pieces[1::3]), map(int, pieces[2::3]), strict=True)
-            slots = tuple((i, _text_fields(messages[i])[field]) for i, field in numbers)
+            places = {(i, n): place for i, message in enumerate(messages) for n, place in enumerate(texts_of(message))}
+            numbers = list(zip(map(int, pieces[1::3]), map(int, pieces[2::3]), strict=True))
+            if not places.keys() >= set(numbers):  # a role or a name that looks like a mark
+                raise Rejected(ALTERED)
+            slots = tuple((i, places[i, n]) for i, n in numbers)
             order = [i for i, _ in slots]
             if order != sorted(order) or set(order) != set(range(len(messages))):
                 raise Rejected(LEFT_OUT)
@@ -81,16 +87,19 @@ class Layouts:
 
         Raises:
             Rejected: `text` is not the layout with the messages' texts. A template may trim the texts it asks with,
-                as Llama-2's does; of an answer every character counts.
+                as Llama-2's does, and write a tool call's as JSON; else every character of an answer counts.
         """
         layout = self.find(messages)
+        texts = [texts_of(message) for message in messages]
         spans: dict[int, Span] = {}
         position = len(layout.literals[0])
         if not text.startswith(layout.literals[0]):
             raise Rejected(ALTERED)
-        for (i, field), after in zip(layout.slots, layout.literals[1:], strict=True):
-            value = messages[i][field]
+        for (i, place), after in zip(layout.slots, layout.literals[1:], strict=True):
+            value = texts[i][place]
             variants = [value] if messages[i]["role"] == "assistant" else [value, value.strip()]
+            if place[0] == TOOL_CALLS:
+                variants.append(json.dumps(value, ensure_ascii=False)[1:-1])
             end = next((position + len(v) for v in variants if text.startswith(v + after, position)), None)
             if end is None:
                 raise Rejected(ALTERED)
@@ -114,20 +123,31 @@ class Layouts:
             raise Rejected(STARTS_WITH_ANSWER)
         layout = self.find(messages)
         mine = [slot for slot, (i, _) in enumerate(layout.slots) if i == index]
+        first, last = (layout.slots[slot][1] for slot in (mine[0], mine[-1]))
         before, after = layout.literals[mine[0]], layout.literals[mine[-1] + 1]
         prompt_end = self.find(messages[:index], add_generation_prompt=True).literals[-1]
         lead = before[len(prompt_end) :]
-        if not before.startswith(prompt_end) or lead.strip():
+        if not before.startswith(prompt_end) or (first == CONTENT and lead.strip()):
             raise Rejected(NO_PROMPT_END)
-        stop = self._stop.match(after) if self._stop else None
+        # What a template writes around reasoning and tool calls is the assistant's to write.
+        stop = self._match_stop(after) if last == CONTENT else self._search_stop(after)
         if stop is None:
             raise Rejected(NO_STOP)
         return spans[index][0] - len(lead), spans[index][1] + stop.end()
 
+    def _match_stop(self, text: str) -> re.Match[str] | None:
+        return self._stop.match(text) if self._stop else None
+
+    def _search_stop(self, text: str) -> re.Match[str] | None:
+        """The first token that ends plain answers, else the first that may end one: some mark the end of a call."""
+        found = list(self._stop.finditer(text)) if self._stop else []
+        usual = self.stop_token()
+        return next((match for match in found if match[1] == usual), found[0] if found else None)
+
     def stop_token(self) -> str | None:
         """The token that ends an answer, by a question and its answer; None when there is none."""
         layout = self.find([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
-        found = self._stop.match(layout.literals[-1]) if self._stop else None
+        found = self._match_stop(layout.literals[-1])
         return found[1] if found else None
 
 
@@ -139,11 +159,35 @@ def stop_candidates(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: token for i, token in tokens.items() if i not in unfit}
 
 
-def _text_fields(message: Message) -> list[str]:
-    return sorted(key for key, value in message.items() if isinstance(value, str) and key != "role")
+def texts_of(message: Message) -> dict[Place, str]:
+    """The texts that a template may write of a message, by their place: never none, and empty ones only where all are.
+
+    An empty text is left to the template as it is, which may write it, or what belongs to it, only if it is not empty.
+    """
+    texts = {place: text for place, text in _leaves(message) if place[0] != "role" and place[-1] != "type"}
+    return {place: text for place, text in texts.items() if text} or texts
+
+
+def _leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            yield from _leaves(value[key], (*place, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*place, index))
 
 
 def _mark_texts(index: int, message: Message) -> Message:
     """`message` with marks for texts: characters that a filter such as `upper` or `trim` leaves alone."""
-    marks = {field: f"{_OPEN}{index}.{number}{_CLOSE}" for number, field in enumerate(_text_fields(message))}
-    return {key: marks.get(key, value) for key, value in message.items() if key != "train"}
+    marks = {place: f"{_OPEN}{index}.{number}{_CLOSE}" for number, place in enumerate(texts_of(message))}
+    return {key: _replace(value, (key,), marks) for key, value in message.items() if key != "train"}
+
+
+def _replace(value: Any, place: Place, marks: dict[Place, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace(item, (*place, key), marks) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace(item, (*place, index), marks) for index, item in enumerate(value)]
+    return marks.get(place, value)

@@ -17,14 +17,14 @@ import contextlib
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
 
 from trainer.config import DataConfig
-from trainer.data.formats import TEXT_ROLE
+from trainer.data.formats import TEXT_ROLE, TOOL_CALLS
 from trainer.data.layout import NO_STOP, Layouts, Rejected, Span, stop_candidates
 from trainer.data.templates import Template, adds_bos, load_template, template_text
 from trainer.data.types import IGNORE_INDEX, Example, TokenizedRow
@@ -119,6 +119,7 @@ def render_prompt(example: Example, template: Template, tokenizer: PreTrainedTok
     if messages[0]["role"] == TEXT_ROLE:
         text, bos = messages[0]["content"], str(tokenizer.bos_token or "")
         return _encode_one(tokenizer, text if not adds_bos(tokenizer) or text.startswith(bos) else bos + text)
+    template = replace(template, tools=example.tools)
     if messages[-1]["role"] != "assistant":
         return _encode_one(tokenizer, template.render(tokenizer, messages, add_generation_prompt=True))
     prompt = _encode_one(tokenizer, template.render(tokenizer, messages[:-1], add_generation_prompt=True))
@@ -170,13 +171,18 @@ class _Drafter:
         self._layouts = Layouts(template, tokenizer)
         self._adds_bos = adds_bos(tokenizer)
 
+    def _with_tools(self, tools: list[dict[str, Any]]) -> _Drafter:
+        return _Drafter(replace(self._template, tools=tools), self._tokenizer, self._train_on)
+
     def draft(self, example: Example) -> _Draft:
         messages = example.messages
         if messages[0]["role"] == TEXT_ROLE:
             return _Draft(example, self._frame_text(messages[0]["content"]), [], [])
+        if example.tools and not self._template.tools:
+            return self._with_tools(example.tools).draft(example)
         wanted, silent = _choose_messages(messages, self._train_on)
         if self._train_on != "all":
-            self._check_wanted([messages[i]["content"] for i in wanted])
+            self._check_wanted([messages[i] for i in wanted])
         text = self._template.render(self._tokenizer, messages)
         if not wanted and not silent:
             return _Draft(example, text, [], [])
@@ -197,10 +203,10 @@ class _Drafter:
         begun = bos + text if self._adds_bos and not text.startswith(bos) else text
         return begun if begun.endswith(eos) else begun + eos
 
-    def _check_wanted(self, answers: list[str]) -> None:
+    def _check_wanted(self, answers: list[dict[str, Any]]) -> None:
         if not answers:
             raise Rejected(NOTHING_TRAINED)
-        if not any(answer.strip() for answer in answers):
+        if not any(answer["content"].strip() or answer.get(TOOL_CALLS) for answer in answers):
             raise Rejected(EMPTY_ANSWER)
 
 
@@ -296,6 +302,7 @@ class _Labeller:
         messages = draft.example.messages
         marked: Any = self._tokenizer.apply_chat_template(
             [{key: value for key, value in message.items() if key != "train"} for message in messages],
+            tools=list(draft.example.tools) or None,
             chat_template=self._template.text,
             return_dict=True,
             return_assistant_tokens_mask=True,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,9 @@ from trainer.data.cache import (
 from trainer.data.formats import BadRow, read_example
 from trainer.data.masking import ANSWER_TOO_FAR, TOO_LONG, Dropped, build_labels
 from trainer.data.packing import keep_apart, pack_sequences
-from trainer.data.sources import Row
+from trainer.data.rows import Row
 from trainer.data.splits import Part, SplitName, all_sources, draw_splits
+from trainer.data.templated import TemplateReader
 from trainer.data.templates import Template, load_template
 from trainer.data.types import IGNORE_INDEX, DataReport, Example, TokenizedRow
 from trainer.errors import PacktrainError, UserError
@@ -102,31 +104,32 @@ def load_splits(
     return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found)
 
 
-def load_split_examples(
-    config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase | None = None
-) -> list[Example]:
-    """The examples of a split in order; with a tokenizer, only those whose rows `load_splits` keeps.
+def load_split_examples(config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The examples of a split in order, those whose rows `load_splits` keeps.
 
     Raises:
         UserError: as `load_splits`; or the recipe has no such split.
     """
-    return list(iter_split_examples(config, split, tokenizer))
+    return list(_iter_examples(config, split, tokenizer, kept_only=True))
 
 
-def iter_split_examples(
-    config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase | None = None
+def iter_split_examples(config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    """All examples of a split, read as they are taken: whoever wants the first few need not read all."""
+    return _iter_examples(config, split, tokenizer, kept_only=False)
+
+
+def _iter_examples(
+    config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase, kept_only: bool
 ) -> Iterator[Example]:
-    """As `load_split_examples`, read as they are taken: whoever wants the first few need not read all."""
     parts = draw_splits(config)
     if split not in parts:
         fix = f"set data.split.{split} to a share or to sources"
         raise UserError(f"data.split.{split}", f"the recipe has no {split} rows", fix=fix)
-    kept = None
-    if tokenizer is not None:
-        kept = set(dict(load_splits(config, tokenizer).items())[split].rows.origins())
+    kept = set(dict(load_splits(config, tokenizer).items())[split].rows.origins()) if kept_only else None
+    read = _Reader(load_template(config.data.template, tokenizer), tokenizer, config.data)
     for part in parts[split]:
-        for indices, rows in part.chunks():
-            examples, _ = _read(part.source, part.columns, indices, rows)
+        for chunk in part.chunks():
+            examples, _ = read((part.source, part.columns, *chunk))
             yield from (example for example in examples if kept is None or (part.index, example.row) in kept)
 
 
@@ -139,14 +142,14 @@ def _check_target(data: DataConfig, template: Template, tokenizer: PreTrainedTok
             "convert it, or name another in model.tokenizer",
         )
     for where, source in all_sources(data):
-        if source.format != "text":
+        if source.format not in ("text", "templated") or (source.format == "templated" and data.train_on != "all"):
             template.check()
         elif data.train_on != "all":
             raise UserError(
                 "data.train_on",
                 f"{data.train_on}, but {where} is plain text without an assistant",
                 "all",
-                "set `train_on: all`, or give the source the format of its conversations",
+                "set `train_on: all`, or name the format of its conversations (templated if a template wrote them)",
             )
 
 
@@ -264,21 +267,32 @@ def log_report(name: str, report: DataReport) -> None:
         log.warning("%s: %d rows cut to data.pack_length, without their stop token", name, report.truncated)
 
 
-def _read(
-    source: Source, columns: dict[str, str], indices: list[int], rows: list[Row]
-) -> tuple[list[Example], list[str]]:
-    """Examples, and the reasons of rows that are none."""
-    examples, reasons = [], []
-    for index, row in zip(indices, rows, strict=True):
-        try:
-            examples.append(read_example(row, index, source, columns))
-        except BadRow as error:
-            reasons.append(str(error))
-    return examples, reasons
-
-
 Task = tuple[Source, dict[str, str], list[int], list[Row]]
 Result = tuple[list[TokenizedRow], list[str]]
+
+
+class _Reader:
+    """Rows of a source to examples."""
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        self._unfolds = data.train_on != "all"
+        self._templated = TemplateReader(template, tokenizer)
+
+    def __call__(self, task: Task) -> tuple[list[Example], list[str]]:
+        """Examples, and the reasons of rows that are none."""
+        source, columns, indices, rows = task
+        examples, reasons = [], []
+        for index, row in zip(indices, rows, strict=True):
+            try:
+                example = read_example(row, index, source, columns)
+                examples.append(self._templated.read(example) if self._has_messages(source) else example)
+            except BadRow as error:
+                reasons.append(str(error))
+        return examples, reasons
+
+    def _has_messages(self, source: Source) -> bool:
+        """Whether the source's texts hold messages that are to be told apart."""
+        return source.format == "templated" and self._unfolds
 
 
 @dataclass(frozen=True)
@@ -289,8 +303,12 @@ class _Converter:
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
 
+    @cached_property
+    def _read(self) -> _Reader:
+        return _Reader(self.template, self.tokenizer, self.data)
+
     def __call__(self, task: Task) -> Result:
-        examples, reasons = _read(*task)
+        examples, reasons = self._read(task)
         made = build_labels(examples, self.template, self.tokenizer, self.data)
         rows = [row for row in made if isinstance(row, TokenizedRow)]
         return rows, reasons + [row.reason for row in made if isinstance(row, Dropped)]

@@ -1,132 +1,51 @@
 """Where rows come from: local files, and data sets of the hub or of a folder through `datasets`.
 
-A local file never touches the network. Rows are read by index, so a large file is never in memory as a whole unless
-its format (json, csv) leaves no choice.
+A local file never touches the network.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from blake3 import blake3
 
 from trainer.checkpoint.layout import hash_file
 from trainer.config import Source
+from trainer.data.rows import ChainedRows, JsonLines, ListRows, Rows, TableRows, checked_row
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Row = dict[str, Any]
-
-
-class Rows(ABC):
-    """The rows of a source.
-
-    Attributes:
-        columns: names found in the rows.
-        content_hash: blake3 of the content, in hex; the same for the same bytes wherever they lie.
-    """
-
-    columns: list[str]
-    content_hash: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def take(self, indices: Sequence[int]) -> list[Row]:
-        """The rows at `indices`."""
-
-
-class ListRows(Rows):
-    """Rows that are in memory."""
-
-    def __init__(self, rows: list[Row], content_hash: str) -> None:
-        self._rows = rows
-        self.columns = list(dict.fromkeys(key for row in rows for key in row))
-        self.content_hash = content_hash
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, indices: Sequence[int]) -> list[Row]:
-        return [self._rows[i] for i in indices]
-
-
-class JsonLines(Rows):
-    """Rows of a .jsonl file, parsed when they are taken."""
-
-    def __init__(self, path: Path, where: str) -> None:
-        self._path, self._where = path, where
-        starts, numbers, position = [], [], 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    starts.append(position)
-                    numbers.append(number)
-                position += len(line)
-        self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
-        self.columns = list(dict.fromkeys(key for row in self.take(range(min(100, len(starts)))) for key in row))
-        self.content_hash = hash_file(path)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def take(self, indices: Sequence[int]) -> list[Row]:
-        rows = []
-        with open(self._path, "rb") as file:
-            for i in indices:
-                file.seek(self._starts[i])
-                rows.append(self._parse(file.readline(), int(self._numbers[i])))
-        return rows
-
-    def _parse(self, line: bytes, number: int) -> Row:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                self._where, f"{self._path}, line {number} is not JSON: {error}", fix="correct or remove the line"
-            ) from error
-        return _checked_row(row, self._where, f"{self._path}, line {number}")
-
-
-class TableRows(Rows):
-    """Rows of an Arrow table, memory-mapped where the data set is."""
-
-    def __init__(self, table: pa.Table, content_hash: str) -> None:
-        self._table = table
-        self.columns = table.column_names
-        self.content_hash = content_hash
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def take(self, indices: Sequence[int]) -> list[Row]:
-        if len(indices) and indices[-1] - indices[0] == len(indices) - 1:  # a range is cut out without a copy
-            return self._table.slice(indices[0], len(indices)).to_pylist()
-        return self._table.take(np.asarray(indices, np.int64)).to_pylist()
+# Of `datasets.Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
+SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 def open_source(source: Source, where: str) -> Rows:
-    """Opens a file by its ending, or a folder or hub id through `datasets`.
+    """Opens a file by its ending, the files of a pattern by theirs, or a folder or hub id through `datasets`.
 
     Args:
         where: the source's place in the recipe, for messages.
 
     Raises:
-        UserError: the file or data set is missing, unreadable or empty.
+        UserError: the file or data set is missing, unreadable or empty, or the recipe says something of it that only
+            data sets of the hub have.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
+        _refuse_hub_fields(source, where, ("name", "revision", "split"))
         rows = _open_file(path, where)
-    elif path.is_dir() or not _looks_local(source.path):
+    elif path.is_dir():
+        _refuse_hub_fields(source, where, ("name", "revision"))
+        rows = _open_dataset(source, where)
+    elif glob.has_magic(source.path):
+        _refuse_hub_fields(source, where, ("name", "revision", "split"))
+        rows = _open_pattern(str(path), where)
+    elif not _looks_local(source.path):
         rows = _open_dataset(source, where)
     else:
         raise UserError(f"{where}.path", f"there is no file {source.path}", fix="correct the path")
@@ -135,9 +54,28 @@ def open_source(source: Source, where: str) -> Rows:
     return rows
 
 
+def _refuse_hub_fields(source: Source, where: str, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        if getattr(source, field) != Source.model_fields[field].default:
+            raise UserError(
+                f"{where}.{field}",
+                f"{getattr(source, field)!r}, but {source.path} is local and has no {field}",
+                fix="leave it out, or name the data set on the hub",
+            )
+
+
 def _looks_local(path: str) -> bool:
     """Hub ids are ``name`` or ``owner/name``."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in READERS
+
+
+def _open_pattern(pattern: str, where: str) -> Rows:
+    """Files in the order of their names, which no file system promises."""
+    found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise UserError(f"{where}.path", f"no file matches {pattern}", fix="correct the pattern")
+    return ChainedRows([_open_file(path, where) for path in files])
 
 
 def _open_file(path: Path, where: str) -> Rows:
@@ -161,7 +99,7 @@ def _read_json(path: Path, where: str) -> Rows:
         raise UserError(where, f"{path} nests too deep", "a list of objects", "correct the file") from error
     if not isinstance(rows, list):
         raise UserError(where, f"{path} holds one {type(rows).__name__}", "a list of objects", "make it a list of rows")
-    return ListRows([_checked_row(row, where, f"{path}, row {i}") for i, row in enumerate(rows)], hash_file(path))
+    return ListRows([checked_row(row, where, f"{path}, row {i}") for i, row in enumerate(rows)], hash_file(path))
 
 
 def _read_csv(path: Path, where: str) -> Rows:
@@ -189,15 +127,37 @@ def _read_parquet(path: Path, where: str) -> Rows:
         raise UserError(where, f"{path} is not Parquet: {error}", fix="correct the file") from error
 
 
-READERS = {".jsonl": JsonLines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def _read_arrow(path: Path, where: str) -> Rows:
+    """Arrow's stream, which `datasets` writes, or its file format (Feather)."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(path))
+    try:
+        table = pa.ipc.open_stream(mapped).read_all()
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        try:
+            table = pa.ipc.open_file(mapped).read_all()
+        except pa.ArrowInvalid as error:
+            raise UserError(where, f"{path} is not Arrow: {error}", fix="correct the file") from error
+    return TableRows(table, hash_file(path))
+
+
+READERS = {
+    ".jsonl": JsonLines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
 
 
 def _open_dataset(source: Source, where: str) -> Rows:
-    """A hub id, or a local folder that `datasets` can read."""
+    """A hub id, or a local folder that `datasets` has written or can read."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source.path, split=source.split)
+        dataset = _load_dataset(source)
     except ValueError as error:  # also the errors of `datasets` for unknown splits and configurations
         raise UserError(where, f"{source.path}, split {source.split}: {error}", fix="correct path or split") from error
     except (OSError, datasets.exceptions.DatasetsError) as error:
@@ -211,12 +171,19 @@ def _open_dataset(source: Source, where: str) -> Rows:
     return TableRows(table, _hash_table(table))
 
 
-def _checked_row(row: Any, where: str, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(
-            where, f"{place} is a {type(row).__name__}", "an object of named fields", "correct or remove it"
+def _load_dataset(source: Source) -> Any:
+    import datasets
+
+    folder = Path(source.path).expanduser()
+    if not (folder / SAVED_DATASET).exists() and not (folder / SAVED_SPLITS).exists():
+        return datasets.load_dataset(
+            str(folder) if folder.is_dir() else source.path, source.name, split=source.split, revision=source.revision
         )
-    return row
+    saved = datasets.load_from_disk(str(folder))
+    splits = saved if isinstance(saved, dict) else {Source.model_fields["split"].default: saved}
+    if source.split not in splits:
+        raise ValueError(f"it has the splits {', '.join(splits)}")
+    return splits[source.split]
 
 
 def _hash_table(table: pa.Table) -> str:

@@ -10,14 +10,14 @@ import numpy as np
 
 from trainer.config import DataConfig, RunConfig, Source
 from trainer.data.formats import find_columns
+from trainer.data.mixing import choose_rows, repeat_rows
+from trainer.data.rows import CHUNK_ROWS, Row, Rows
 from trainer.data.sampler import sample_order
-from trainer.data.sources import Row, Rows, open_source
+from trainer.data.sources import open_source
 from trainer.errors import UserError
 
 SplitName = Literal["train", "validation", "test"]
 HELD_OUT: tuple[SplitName, SplitName] = ("validation", "test")
-CHUNK_ROWS = 1000
-_SAMPLE_DRAW = len(HELD_OUT)  # draws of one seed are numbered so that none repeats another
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Part:
     Attributes:
         index: number of the source in `all_sources`.
         columns: of `formats.find_columns`.
-        indices: which rows, ascending int64.
+        indices: which rows, ascending int64; one that is trained on several times an epoch is there as often.
     """
 
     index: int
@@ -72,22 +72,16 @@ def draw_splits(config: RunConfig) -> dict[SplitName, list[Part]]:
             parts[name] = []
     _refuse_overlap(parts)
     _hold_out(parts, data)
+    parts["train"] = _weighted(parts["train"], data.split.seed)
     return parts
 
 
 def _open_part(index: int, where: str, source: Source, seed: int) -> Part:
+    if source.weight != 1 and not where.startswith("data.train"):
+        raise UserError(f"{where}.weight", "is for rows that are trained on", fix="leave it out; sample takes fewer")
     rows = open_source(source, where)
     columns = find_columns(source, rows.columns, where)
-    indices = np.arange(len(rows))
-    if source.sample is not None:
-        if source.sample > len(rows):
-            raise UserError(
-                f"{where}.sample",
-                f"{source.sample} rows are asked for, {source.path} has {len(rows)}",
-                f"1 to {len(rows)}",
-                "ask for fewer, or leave sample out to take all",
-            )
-        indices = np.sort(sample_order(len(rows), seed, _SAMPLE_DRAW + index)[: source.sample])
+    indices = choose_rows(source, rows, index, seed, where)
     return Part(index, source, rows, columns, indices)
 
 
@@ -109,6 +103,21 @@ def _hold_out(parts: dict[SplitName, list[Part]], data: DataConfig) -> None:
                 f"a share of {share:g} of {total} rows leaves {'none to train on' if count else 'no row for it'}",
                 fix="change the share, or give more rows",
             )
+
+
+def _weighted(train: list[Part], seed: int) -> list[Part]:
+    """Rows as often as their source's weight says: after the held-out rows are gone, so that no copy stays behind."""
+    weighted = []
+    for part in train:
+        indices = repeat_rows(part.indices, part.source.weight, part.index, seed)
+        if not len(indices):
+            raise UserError(
+                f"data.train[{part.index}].weight",
+                f"{part.source.weight:g} of {len(part.indices)} rows leaves none",
+                fix="raise it, or leave the source out",
+            )
+        weighted.append(replace(part, indices=indices))
+    return weighted
 
 
 def _refuse_overlap(parts: dict[SplitName, list[Part]]) -> None:

@@ -1,7 +1,7 @@
 """Templates: how the messages of a row become one text, in training and in serving alike.
 
 All are Jinja chat templates, rendered by ``apply_chat_template``, that is in transformers' sandbox. Alpaca's text is
-one of them too, so whatever trained a model can be exported with it.
+one of them too, so whatever trained a model can be exported with it. The package's own are in ``jinja/``.
 """
 
 from __future__ import annotations
@@ -18,40 +18,13 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-# The text of github.com/tatsu-lab/stanford_alpaca. The line break after "Response:" keeps a token of the prompt from
-# merging with the answer's first (":" and "//" are one token to Llama-2). A system message replaces the first sentence.
-# A message that carries `instruction` and `input` gets the form with an input.
-ALPACA = """\
-{{- bos_token }}
-{%- set plain = 'Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.' %}
-{%- set paired = 'Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.' %}
-{%- for message in messages %}
-{%- if message.role == 'system' %}
-{{- message.content + '\\n\\n' }}
-{%- elif message.role == 'user' %}
-{%- if loop.first %}
-{{- (paired if message.input else plain) + '\\n\\n' }}
-{%- elif messages[loop.index0 - 1].role == 'assistant' %}
-{{- '\\n\\n' }}
-{%- endif %}
-{%- if message.input %}
-{{- '### Instruction:\\n' + message.instruction + '\\n\\n### Input:\\n' + message.input + '\\n\\n' }}
-{%- else %}
-{{- '### Instruction:\\n' + message.content + '\\n\\n' }}
-{%- endif %}
-{%- elif message.role == 'assistant' %}
-{{- '### Response:\\n' + message.content + eos_token }}
-{%- else %}
-{{- raise_exception('the alpaca template knows the roles system, user and assistant, not ' + message.role) }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '### Response:\\n' }}
-{%- endif %}"""
-
-BUILT_IN = {"alpaca": ALPACA}
+BUILT_IN = ("alpaca", "llama2", "llama3", "chatml")
+# Without them as tokens of their own a model would have to spell its stop token.
+TOKENS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+JINJA = Path(__file__).with_name("jinja")
 WRITE_BOS = "{{- bos_token }}"
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
@@ -64,11 +37,13 @@ class Template:
         name: as the recipe has it.
         text: Jinja source; None when the tokenizer's own was asked for and it has none.
         own: `text` is the tokenizer's own, unchanged.
+        tools: functions that the conversations rendered may call.
     """
 
     name: str
     text: str | None
     own: bool
+    tools: Sequence[dict[str, Any]] = ()
 
     def render(
         self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
@@ -82,7 +57,11 @@ class Template:
         self.check()
         bare = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         text = tokenizer.apply_chat_template(
-            bare, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+            bare,
+            tools=list(self.tools) or None,
+            chat_template=self.text,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         assert isinstance(text, str)
         return text
@@ -93,19 +72,19 @@ class Template:
             raise UserError(
                 "data.template",
                 "tokenizer, but this tokenizer has no chat template",
-                "alpaca, or a .jinja file",
-                "set `template: alpaca`, or the .jinja file of the chat format wanted",
+                "alpaca, llama2, llama3, chatml, or a .jinja file",
+                "set `template: alpaca`, or the chat format wanted",
             )
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template a recipe names: ``tokenizer``, ``alpaca``, or the path of a ``.jinja`` file.
+    """The template a recipe names: ``tokenizer``, one of `BUILT_IN`, a ``.jinja`` file's path, or Jinja itself.
 
     Where the tokenizer puts BOS before every text and the template does not write it, the template is made to: text,
     training and serving (which tokenises rendered chats without adding anything) then have exactly one.
 
     Raises:
-        UserError: no such template or file, or its Jinja does not parse.
+        UserError: no such template or file, its Jinja does not parse, or the tokenizer lacks its tokens.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -141,11 +120,26 @@ def _template_source(name: str, tokenizer: PreTrainedTokenizerBase) -> str | Non
     if name == "tokenizer":
         return tokenizer.get_chat_template() if tokenizer.chat_template else None
     if name in BUILT_IN:
-        return BUILT_IN[name]
-    allowed = ", ".join(["tokenizer", *BUILT_IN, "the path of a .jinja file"])
-    if not name.endswith((".jinja", ".jinja2", ".j2")):
+        _check_tokens(name, tokenizer)
+        return (JINJA / f"{name}.jinja").read_text(encoding="utf-8")
+    if "{{" in name or "{%" in name:
+        return name
+    allowed = ", ".join(["tokenizer", *BUILT_IN, "the path of a .jinja file", "Jinja itself"])
+    if not name.endswith(".jinja"):
         raise UserError("data.template", f"{name!r} is no template", allowed, "choose one of these")
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError("data.template", f"cannot read {name}: {error.strerror}", allowed, "check the path") from error
+
+
+def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    missing = [token for token in TOKENS.get(name, ()) if token not in known]
+    if missing:
+        raise UserError(
+            "data.template",
+            f"{name} is written with {' and '.join(missing)}, and this tokenizer has no such token",
+            "a template whose tokens the model knows",
+            "set `template: tokenizer`, or alpaca, or name a tokenizer that has them in model.tokenizer",
+        )

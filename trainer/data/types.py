@@ -20,12 +20,15 @@ class Example:
     Attributes:
         source: the data set it came from.
         row: its index there, from 0.
-        messages: ``{"role": ..., "content": ...}`` in order; a message may carry ``"train": False``.
+        messages: ``{"role": ..., "content": ...}`` in order; a message may carry ``"train": False``, and what templates
+            read besides, such as ``tool_calls`` with arguments as a dict, or ``reasoning_content``.
+        tools: JSON schemas of the functions that the assistant may call.
     """
 
     source: str
     row: int
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

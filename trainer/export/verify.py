@@ -312,7 +312,7 @@ class Verifier:
             try:
                 template = load_template(config.data.template, tokenizer)
                 split = "validation" if config.data.split.validation else "train"
-                rendered = _render_prompts(iter_split_examples(config, split), template, tokenizer)  # type: ignore[arg-type]
+                rendered = _render_prompts(iter_split_examples(config, split, tokenizer), template, tokenizer)  # type: ignore[arg-type]
                 prompts = [ids[-MAX_PROMPT_TOKENS:] for ids in islice(rendered, len(PROMPTS))]
                 if prompts:
                     return prompts, f"prompts of the {split} rows"
