@@ -6,17 +6,15 @@ tokens are those of its messages one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import CORPUS, chat, data_config, kept, label_one, make_tokenizer, template_of, trained_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.config import DataConfig
 from trainer.data import layout, masking
 from trainer.data.masking import (
     Dropped,
@@ -27,8 +25,8 @@ from trainer.data.masking import (
     stop_token_ids,
     template_text,
 )
-from trainer.data.templates import Template
-from trainer.data.types import IGNORE_INDEX, Example, TokenizedRow
+from trainer.data.templates import BUILT_IN
+from trainer.data.types import IGNORE_INDEX, Example
 from trainer.errors import UserError
 
 LLAMA2 = (
@@ -61,100 +59,11 @@ MARKED = (
     "{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>"]
-CORPUS = [
-    "Question and answer. What is the name of the blue bird? It is a kingfisher, says the book.",
-    "assistant user system Below is an instruction that describes a task.\n\n### Response:\nyes",
-] * 20
-
-Make = Callable[..., PreTrainedTokenizerFast]
-
-
-def make_tokenizer(kind: str, corpus: list[str] = CORPUS, adds_bos: bool = True) -> PreTrainedTokenizerFast:
-    """A tiny tokenizer of a family: Llama-2's (metaspace), its older form, Llama-3's (byte level, trimmed offsets)."""
-    byte_level = kind == "byte_level"
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=not byte_level, fuse_unk=not byte_level))
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else []
-    fallback = [] if byte_level else [f"<0x{i:02X}>" for i in range(256)]
-    begin = [processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])] if adds_bos else []
-    if byte_level:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), *begin])
-    else:
-        if kind == "metaspace":
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        else:
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        tokenizer.decoder = decoders.Sequence(steps)
-        if begin:
-            tokenizer.post_processor = begin[0]
-    size = len(SPECIAL) + len(fallback) + 420
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL + fallback, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_without_special_bytes(tokenizer, fallback),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
-
-
-def _without_special_bytes(tokenizer: Tokenizer, fallback: list[str]) -> Tokenizer:
-    """Byte tokens belong to the vocabulary, as in Llama-2's; the trainer made them special."""
-    import json
-
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in fallback]
-    return Tokenizer.from_str(json.dumps(state))
 
 
 @pytest.fixture(scope="module")
 def tokenizers_by_kind() -> dict[str, PreTrainedTokenizerFast]:
     return {kind: make_tokenizer(kind) for kind in ("metaspace", "prepending", "byte_level")}
-
-
-def data_config(**fields: Any) -> DataConfig:
-    return DataConfig.model_validate({"train": [{"path": "rows", "format": "messages"}], **fields})
-
-
-def template_of(text: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Template:
-    path = folder / "chat.jinja"
-    path.write_text(text, encoding="utf-8")
-    return load_template(str(path), tokenizer)
-
-
-def chat(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-    return ([{"role": "system", "content": system}] if system is not None else []) + messages
-
-
-def label_one(
-    messages: list[dict[str, Any]], template: Template, tokenizer: PreTrainedTokenizerFast, **data: Any
-) -> TokenizedRow | Dropped:
-    return build_labels([Example("rows", 0, messages)], template, tokenizer, data_config(**data))[0]
-
-
-def kept(row: TokenizedRow | Dropped) -> TokenizedRow:
-    assert isinstance(row, TokenizedRow), row
-    return row
-
-
-def trained_text(row: TokenizedRow, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Text of each stretch of trained tokens."""
-    stretches: list[list[int]] = []
-    previous = IGNORE_INDEX
-    for label in row.labels:
-        if label != IGNORE_INDEX:
-            if previous == IGNORE_INDEX:
-                stretches.append([])
-            stretches[-1].append(label)
-        previous = label
-    return [str(tokenizer.decode(stretch)) for stretch in stretches]
 
 
 TEMPLATE_TEXT = [
@@ -211,26 +120,29 @@ def test_masks_of_generated_conversations(
         assert isinstance(row, Dropped)
 
 
-EVERY_TEMPLATE = {
-    "llama2": LLAMA2,
-    "chatml": CHATML,
-    "llama3": LLAMA3,
+OF_FILES = {
+    "llama2 of the hub": LLAMA2,
+    "chatml without BOS": CHATML,
+    "others' headers": LLAMA3,
     "spaced": SPACED,
     "marked": MARKED,
-    "alpaca": "",
 }
-STOPS = {"llama2": " </s>", "spaced": "</s>", "alpaca": "</s>"}
+STOPS = {
+    "llama2 of the hub": " </s>",
+    "spaced": "</s>",
+    "alpaca": "</s>",
+    "llama2": " </s>",
+    "llama3": "<|eot_id|>",
+}
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "prepending", "byte_level"])
-@pytest.mark.parametrize("name", EVERY_TEMPLATE)
+@pytest.mark.parametrize("name", [*OF_FILES, *BUILT_IN])
 def test_answers_and_stop_tokens_are_trained_under_every_template(
     tokenizers_by_kind: dict[str, PreTrainedTokenizerFast], tmp_path: Path, kind: str, name: str
 ) -> None:
     tokenizer = tokenizers_by_kind[kind]
-    template = (
-        template_of(EVERY_TEMPLATE[name], tokenizer, tmp_path) if name != "alpaca" else load_template(name, tokenizer)
-    )
+    template = template_of(OF_FILES[name], tokenizer, tmp_path) if name in OF_FILES else load_template(name, tokenizer)
     stop = STOPS.get(name, "<|im_end|>")
     messages = chat(
         "What is the bird?", "It is a kingfisher 🐦", "And 名前?", "blue, ß says the book", system="Be brief."

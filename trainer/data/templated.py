@@ -6,6 +6,7 @@ again: what a row is trained on is then as certain as if it had come as messages
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from trainer.data.formats import BadRow
-from trainer.data.layout import Layout, Layouts, Message, Rejected
+from trainer.data.layout import Layout, Layouts, Message, Rejected, stop_candidates
 from trainer.data.templates import Template
 from trainer.data.types import Example
 
@@ -31,6 +32,7 @@ class TemplateReader:
         self._template, self._tokenizer = template, tokenizer
         self._layouts = Layouts(template, tokenizer)
         self._bos = str(tokenizer.bos_token or "")
+        self._special = [token for token in {self._bos, *stop_candidates(tokenizer).values()} if token]
 
     def read(self, example: Example) -> Example:
         """`example`, whose one message is a whole text, with the messages in that text.
@@ -40,26 +42,30 @@ class TemplateReader:
         """
         text = example.messages[0]["content"]
         for beginning in (("system",), ()):
-            messages = self._split(text, beginning)
-            if messages and self._bare(self._template.render(self._tokenizer, messages)) == self._bare(text):
-                return replace(example, messages=messages)
+            with contextlib.suppress(Rejected, TemplateError):
+                messages = self._split(text, beginning)
+                if messages and self._writes(messages, text):
+                    return replace(example, messages=messages)
         raise BadRow(NOT_OF_TEMPLATE)
+
+    def _writes(self, messages: Sequence[Message], text: str) -> bool:
+        """Whether the template makes `text` of `messages`, in which no token stands that ends an answer."""
+        if any(token in message["content"] for message in messages for token in self._special):
+            return False
+        return self._bare(self._template.render(self._tokenizer, messages)) == self._bare(text)
 
     def _split(self, text: str, beginning: tuple[str, ...]) -> list[Message]:
         """The messages of `text`, none where it is no conversation that begins so."""
-        try:
-            one, two = (self._layout([*beginning, *TURN * turns]) for turns in (1, 2))
-        except (Rejected, TemplateError):
+        between = self._layout([*beginning, *TURN]).literals[-2].strip()  # question and answer
+        roles = [*beginning, *TURN * max(1, text.count(between) if between else 1)]
+        layout = self._layout(roles)
+        # A message that holds the template's own text could be taken for several.
+        own = "-".join(layout.literals[:-1])
+        pieces = {piece.strip() for piece in layout.literals[1:-1]} - {""}
+        if any(text.count(piece) != own.count(piece) for piece in pieces):
             return []
-        answer, again = one.literals[-2], two.literals[-3]
-        turns = text.count(answer.strip()) if answer.strip() else 0
-        if not turns or (again.strip() and text.count(again.strip()) != turns - 1):
-            return []  # or a message holds the template's own text: then nobody can tell the messages apart
-        try:
-            layout = self._layout(roles := [*beginning, *TURN * turns])
-        except (Rejected, TemplateError):
-            return []
-        return _between(self._bare(text), [self._bare(layout.literals[0]), *layout.literals[1:]], roles)
+        start = layout.literals[0].lstrip().removeprefix(self._bos).lstrip()
+        return _between(self._bare(text), [start, *layout.literals[1:-1]], roles)
 
     def _layout(self, roles: Sequence[str]) -> Layout:
         return self._layouts.find([{"role": role, "content": "-"} for role in roles])
@@ -72,11 +78,11 @@ class TemplateReader:
 
 
 def _between(text: str, literals: Sequence[str], roles: Sequence[str]) -> list[Message]:
-    """What stands between `literals`, the last of which may be missing; none where they are not there in this order."""
+    """What stands after each of `literals`, up to the next; none where they are not there in this order."""
     if not text.startswith(literals[0]):
         return []
     position, messages = len(literals[0]), []
-    for role, after in zip(roles, [*literals[1:-1], None], strict=True):
+    for role, after in zip(roles, [*literals[1:], None], strict=True):
         end = len(text) if after is None else text.find(after, position)
         if end < 0:
             return []
