@@ -100,7 +100,9 @@ class Source(Part):
     revision: str | None = Field(None, description="revision of a hub data set (branch, tag or commit)")
     split: str = Field("train", description="split of a hub data set or of a folder")
     format: RowFormat = Field(description="how its rows are read")
-    columns: dict[str, str] = Field({}, description="the format's field -> the data set's column")
+    columns: dict[str, str] = Field(
+        {}, description="the format's field -> the data set's column, or text of several: \"{schema} {question}\""
+    )
     where: Where | None = Field(None, description="take rows by the value of a column only")
     sample: int | None = Field(None, ge=1, description="take this many rows, drawn with data.split.seed")
     weight: float = Field(

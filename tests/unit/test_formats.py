@@ -39,6 +39,17 @@ def test_columns_are_mapped() -> None:
     )
 
 
+def test_a_field_may_be_the_text_of_several_columns() -> None:
+    mapped = {"input": "{schema}\n\n{question}\n{evidence}", "output": "SQL"}
+    source = Source.model_validate({"path": "rows", "format": "input_output", "columns": mapped})
+    row = {"schema": "CREATE TABLE {a}", "question": "How many?", "evidence": None, "SQL": "SELECT 1"}
+    example = read_example(row, 0, source, find_columns(source, list(row), "w"))
+    assert [message["content"] for message in example.messages] == ["CREATE TABLE {a}\n\nHow many?", "SELECT 1"]
+    with pytest.raises(UserError, match="no column") as caught:
+        find_columns(source, ["schema", "question", "SQL"], "w")
+    assert "its columns" not in caught.value.found and "schema, question, SQL" in str(caught.value)
+
+
 def test_prompt_completion_and_text() -> None:
     assert read("prompt_completion", {"prompt": "Add 1 2.", "completion": 3}) == asked("Add 1 2.", "3")
     assert read("text", {"body": "<s>Once"}, text="body") == [{"role": "text", "content": "<s>Once"}]

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from trainer.data.types import Example
 from trainer.errors import UserError
 
 TEXT_ROLE = "text"
+COLUMN = re.compile(r"\{([^{}]+)\}")
 TOOL_CALLS = "tool_calls"
 SPEAKERS = {
     "human": "user",
@@ -62,7 +64,7 @@ class Format:
 
 
 def find_columns(source: Source, columns: list[str], where: str) -> dict[str, str]:
-    """Which column each field of the format is read from.
+    """Which column each field of the format is read from, or the text of several: ``"{schema}\n\n{question}"``.
 
     Raises:
         UserError: a mapping names no field of the format or no column, or a required field has no column.
@@ -79,7 +81,7 @@ def find_columns(source: Source, columns: list[str], where: str) -> dict[str, st
             )
     for name, field in fields.items():
         wanted = (source.columns[name],) if name in source.columns else field.names
-        present = [column for column in wanted if column in columns]
+        present = [column for column in wanted if column in columns or _names_columns(column, columns)]
         if present:
             found[name] = present[0]
         elif field.required or name in source.columns:
@@ -92,6 +94,11 @@ def find_columns(source: Source, columns: list[str], where: str) -> dict[str, st
     return found
 
 
+def _names_columns(text: str, columns: list[str]) -> bool:
+    names = COLUMN.findall(text)
+    return bool(names) and set(names) <= set(columns)
+
+
 def read_example(row: Mapping[str, Any], index: int, source: Source, columns: Mapping[str, str]) -> Example:
     """The `Example` of a row.
 
@@ -101,8 +108,16 @@ def read_example(row: Mapping[str, Any], index: int, source: Source, columns: Ma
     Raises:
         BadRow: a field is missing or is not what the format wants.
     """
-    fields = {name: row.get(column) for name, column in columns.items()}
+    fields = {name: _value(row, column) for name, column in columns.items()}
     return Example(source.path, index, FORMATS[source.format].to_messages(fields), _tools(fields.get("tools")))
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """What a field is read from: the column, or the columns that its text names, empty where they are."""
+    if column in row or not COLUMN.search(column):
+        return row.get(column)
+    texts = {name: _optional_text(row, name) for name in COLUMN.findall(column)}
+    return COLUMN.sub(lambda match: texts[match[1]], column).strip()
 
 
 def _alpaca(fields: dict[str, Any]) -> list[Message]:
@@ -215,7 +230,7 @@ def _content(content: Any) -> str:
     return _whole(content, "a message's content")
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool) and not _is_absent(value):
         return str(value)
@@ -224,7 +239,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return _whole(value, name)
 
 
-def _optional_text(fields: dict[str, Any], name: str) -> str:
+def _optional_text(fields: Mapping[str, Any], name: str) -> str:
     return "" if _is_absent(fields.get(name)) else _text(fields, name)
 
 
