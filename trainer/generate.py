@@ -39,6 +39,7 @@ from trainer.model.adapter_files import check_adapter_config, load_adapter
 from trainer.model.attention import cached_attention
 from trainer.model.load import load_model
 from trainer.model.tokenizer import load_tokenizer
+from trainer.model.weights import read_config
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,11 @@ def _load_plain(folder: Path | str, device: torch.device) -> nn.Module:
         disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
+            folder,
+            config=read_config(folder),
+            dtype="auto",
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]

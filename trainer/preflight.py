@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.launchers import host_name
+from trainer.model.decilm import num_copied_weights
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy
 
@@ -38,13 +40,15 @@ def checkpoint_bytes(module: nn.Module, config: RunConfig) -> int:
     return weights + moments + (weights if config.adapter else 0)
 
 
-def result_bytes(module: nn.Module, config: RunConfig) -> int:
+def result_bytes(model: nn.Module, config: RunConfig) -> int:
     """Size of what the run leaves beside its checkpoints: adapter or model, and the merged model."""
     size_of = getattr(torch, config.model.dtype).itemsize
+    model_config: Any = model.config
+    copied = num_copied_weights(model_config)
     if config.adapter is None:
-        return sum(p.numel() for p in module.parameters()) * size_of
-    adapter = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    return adapter + (_base_weights(module) * size_of if config.export.merge else 0)
+        return (sum(p.numel() for p in model.parameters()) + copied) * size_of
+    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return adapter + ((_base_weights(model) + copied) * size_of if config.export.merge else 0)
 
 
 def _base_weights(module: nn.Module) -> int:

@@ -149,7 +149,8 @@ def test_memory_holds_two_tensors_and_never_the_model(tmp_path: Path) -> None:
 
     def finish(folder: Path, saved: Any) -> None:
         (folder / "serving").mkdir()
-        (folder / "serving" / "config.json").write_text('{"dtype": "bfloat16"}')
+        config = {"dtype": "bfloat16", "num_key_value_heads": 2, "head_dim": 16}
+        (folder / "serving" / "config.json").write_text(json.dumps(config))
 
     for name, size in {"small": 16, "large": 2**24}.items():
         run = RunDir(tmp_path / f"run_{name}")

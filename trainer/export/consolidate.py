@@ -16,6 +16,7 @@ from safetensors.torch import save as serialise
 from trainer.checkpoint.layout import find_damage, folder_appears_when_complete
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
+from trainer.export.kv_heads import KVHeads
 
 SHARD_BYTES = 4 * 2**30
 SERVING = "serving"  # folder of a checkpoint with config and tokenizer, so that nothing else is needed
@@ -59,12 +60,13 @@ def consolidate(
     dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
     # Sorted, so that the files are the same whichever processes wrote the checkpoint.
     names = sorted(name for name in saved.names if name.startswith("model."))
-    shapes = {name.removeprefix("model."): saved.shape(name) for name in names}
+    heads = KVHeads.of(config)
+    shapes = {name.removeprefix("model."): heads.shape(name, saved.shape(name)) for name in names}
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def read(name: str) -> torch.Tensor:
         check()
-        return saved.read(f"model.{name}")
+        return heads.repeat(name, saved.read(f"model.{name}"))
 
     with folder_appears_when_complete(out) as folder:
         write_model(folder, shapes, dtype, read)

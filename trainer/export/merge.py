@@ -27,9 +27,11 @@ from trainer.errors import PacktrainError, UserError
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors, check_unchanged
 from trainer.export.card import write_card
+from trainer.export.kv_heads import KVHeads
 from trainer.export.serving import write_serving_files
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from trainer.model.decilm import as_llama
 from trainer.model.nf4 import Fingerprint, Format, dequantize_weight, quantize_weight
 from trainer.model.tokenizer import load_tokenizer
 
@@ -113,6 +115,8 @@ class Merger:
     def __init__(self, result: Result, base_kind: BaseKind, check: Callable[[], None] = lambda: None) -> None:
         self.result, self.adapter, self._look = result, read_adapter(result.folder), check
         self.base = base_of_result(result, self.adapter)
+        self.config = copy.deepcopy(as_llama(self.base.config))
+        self.kv_heads = KVHeads.of(self.config.to_dict())
         self.device = default_device()
         config = result.config
         self.quantization = config.quantization if config and base_kind == "dequantized" else None
@@ -161,7 +165,8 @@ class Merger:
 
     def num_bytes(self) -> int:
         """Size of the tensors to write."""
-        return sum(torch.Size(self._shape(name)).numel() * self._dtype(name).itemsize for name in self.sources)
+        shapes = {name: self.kv_heads.shape(name, self._shape(name)) for name in self.sources}
+        return sum(shape.numel() * self._dtype(name).itemsize for name, shape in shapes.items())
 
     def write_shards(self, folder: Path) -> None:
         """Writes the safetensors under the base's file names, and their index.
@@ -173,7 +178,12 @@ class Merger:
         if self.unties_head:
             shards[list(shards)[-1]].append(HEAD)
         for file, names in shards.items():
-            save_file({name: self._merged(name) for name in names}, folder / file, metadata={"format": "pt"})
+            # Named by nothing, so that a shard is gone before the next is made.
+            save_file(
+                {name: self.kv_heads.repeat(name, self._merged(name)) for name in names},
+                folder / file,
+                metadata={"format": "pt"},
+            )
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": self.num_bytes()}, "weight_map": weight_map}
@@ -182,7 +192,7 @@ class Merger:
 
     def write_configs(self, folder: Path) -> None:
         """Writes model config, generation config, tokenizer and chat template."""
-        config = copy.deepcopy(self.base.config)
+        config = self.config
         config.dtype = self._dtype(next(iter(self.sources)))
         config.vocab_size = self._shape(EMBEDDING)[0]
         if self.unties_head:
@@ -234,7 +244,7 @@ class Merger:
         return self.base.saved_dtype(self.sources[name])
 
     def _merged(self, name: str) -> torch.Tensor:
-        """The tensor to write, on the CPU."""
+        """The tensor to write, on the CPU, with the heads that were trained."""
         self._look()
         dtype = self._dtype(name)
         if name in self.adapter.replaced:

@@ -22,6 +22,7 @@ from trainer.errors import PacktrainError, Preempted
 from trainer.export.consolidate import SERVING, consolidate
 from trainer.export.serving import tokenizer_as_trained, write_serving_files
 from trainer.model.adapter_files import ADAPTER_WEIGHTS, save_adapter
+from trainer.model.decilm import as_llama
 from trainer.preemption import StopRequest
 from trainer.recipe import load_recipe
 
@@ -46,7 +47,7 @@ def finish_full(config: RunConfig, model_config: Any, tokenizer: Any) -> Finish:
 
     They are made here and kept: at a save the training's thread may be using the tokenizer, and the hub be gone.
     """
-    own_config = copy.deepcopy(model_config)
+    own_config = copy.deepcopy(as_llama(model_config))
     own_config.dtype = getattr(torch, config.model.dtype)
     with tempfile.TemporaryDirectory(prefix="packtrain-serving-") as place:
         serving = Path(place)

@@ -6,6 +6,7 @@ Here PEFT merges each layer and PEFT's forward gives the logits to compare with;
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -160,8 +161,10 @@ class Verifier:
                 adapted[f"{_base_name(name)}.weight"] = (name, module)
         self.num_adapted = len(adapted)
         for tensor in self.merged.shapes:
-            found = self.merged.read(tensor, self.device)
-            if found.dtype != self.dtype:
+            found = self._read_trained_heads(tensor)
+            if found is None:
+                problems.append(f"{tensor}: the copies of a head differ")
+            elif found.dtype != self.dtype:
                 problems.append(f"{tensor} is {found.dtype}, and the manifest says {self.dtype}")
             elif tensor in adapted:
                 problems += self._compare_adapted(tensor, found, *adapted[tensor])
@@ -230,8 +233,8 @@ class Verifier:
         """PEFT's own reading of adapter and configuration, around a model without storage."""
         config = PeftConfig.from_pretrained(str(self.result.folder))
         config.inference_mode = True
-        shape = AutoConfig.from_pretrained(self.folder)
-        shape.tie_word_embeddings = self.base.config.tie_word_embeddings
+        shape = copy.deepcopy(self.base.config)
+        shape.vocab_size = self.config.vocab_size
         model = PeftModel(build_empty(shape), config, low_cpu_mem_usage=True)
         return model.eval()
 
@@ -293,6 +296,18 @@ class Verifier:
         if quantization and tensor.removesuffix(".weight") in self.base.linears:
             weight = _dequantized(weight, quantization)
         return weight.to(torch.float32)
+
+    def _read_trained_heads(self, tensor: str) -> torch.Tensor | None:
+        """A merged tensor with each repeated key or value head once; None where the copies of one differ."""
+        found = self.merged.read(tensor, self.device)
+        module, _, _ = tensor.rpartition(".")
+        if not module.endswith(("k_proj", "v_proj")) or found.shape == self.base.shapes[tensor]:
+            return found
+        head_dim = self.base.config.head_dim
+        copies = found.unflatten(0, (self.base.shapes[tensor][0] // head_dim, -1, head_dim))
+        if not torch.equal(copies, copies[:, :1].expand_as(copies)):
+            return None
+        return copies[:, 0].flatten(0, 1)
 
     def _read_merged(self, name: str) -> torch.Tensor:
         self._look()

@@ -83,22 +83,24 @@ def flops_per_token(
 
     Args:
         model_config: has hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size, and
-            optionally num_key_value_heads and head_dim, as transformers' LlamaConfig.
+            optionally num_key_value_heads and head_dim, as transformers' LlamaConfig; num_key_value_heads_per_layer
+            where layers differ.
         trains_base: whether the base's weights are trained (full) or frozen (LoRA, QLoRA).
         mean_attended: positions attended to, mean over tokens; see `mean_attended_positions`.
         num_adapter_params: trained adapter weights.
     """
     heads = model_config.num_attention_heads
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     layers, hidden = model_config.num_hidden_layers, model_config.hidden_size
+    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    kv_heads_of_all = sum(getattr(model_config, "num_key_value_heads_per_layer", None) or [kv_heads] * layers)
 
-    projections = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    feed_forward = 3 * hidden * model_config.intermediate_size
+    projections = 2 * hidden * head_dim * (layers * heads + kv_heads_of_all)
+    feed_forward = 3 * layers * hidden * model_config.intermediate_size
     attention = 4 * layers * heads * head_dim * mean_attended
     per_weight = 6 if trains_base else 4
     return TokenFlops(
-        every=per_weight * layers * (projections + feed_forward) + 3 * attention + 6 * num_adapter_params,
+        every=per_weight * (projections + feed_forward) + 3 * attention + 6 * num_adapter_params,
         trained=per_weight * hidden * model_config.vocab_size,
     )
 

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.model.decilm import DeciLMConfig, recognise_decilm
 from trainer.model.shapes import SHAPES, published_shape
 
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = ("llama", "mistral", DeciLMConfig.model_type)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
@@ -58,6 +59,19 @@ def resolve_folder(model: ModelConfig, patterns: list[str] = HUB_FILES) -> Path:
         ) from error
 
 
+def read_config(source: Path | str) -> PretrainedConfig:
+    """The config in a folder, a file or under a hub id, without a word of code that came with it.
+
+    Raises:
+        UserError: a DeciLM's numbers of heads do not fit it.
+        Exception: transformers' own, where it cannot make a config of it.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if hasattr(config, "auto_map"):  # in an exported folder it would name files that are not there
+        del config.auto_map
+    return recognise_decilm(config, Path(source) / "config.json" if Path(source).is_dir() else source)
+
+
 def load_base_config(model: ModelConfig) -> PretrainedConfig:
     """The transformers config of the base. With ``init: random`` a published shape needs no files.
 
@@ -75,7 +89,7 @@ def load_base_config(model: ModelConfig) -> PretrainedConfig:
     if not file.is_file():
         raise UserError("model.path", f"no config.json in {file.parent}", "a folder that transformers can load")
     try:
-        config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
+        config = read_config(file.parent if file.name == "config.json" else file)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UserError(
             str(file), f"not a model config: {error}", f"a config.json of {' or '.join(MODEL_TYPES)}"
