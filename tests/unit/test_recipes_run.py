@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from launch.cli import main
 from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig, Source
 from trainer.metrics.trackers import read_metrics
+from trainer.model.decilm import DeciLMConfig, DeciLMForCausalLM
 from trainer.recipe import load_recipe
 from trainer.run import train
 
@@ -103,6 +105,16 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> Callable[[str], Path]:
+    """The toy for a model's id: one whose layers differ in their heads for DeciLM."""
+    decilm = tmp_path_factory.mktemp("models") / "decilm"
+    shutil.copytree(toy_model_dir, decilm)
+    config = DeciLMConfig.from_pretrained(toy_model_dir, num_key_value_heads_per_layer=[4, 1])
+    DeciLMForCausalLM(config).save_pretrained(decilm)
+    return lambda name: decilm if "DeciLM" in name else toy_model_dir
+
+
 def small(config: RunConfig, model: Path, data_sets: dict[str, Path]) -> RunConfig:
     """`config` on the toy and the rows given, for few steps; all that a method depends on is the recipe's."""
 
@@ -137,9 +149,10 @@ def small(config: RunConfig, model: Path, data_sets: dict[str, Path]) -> RunConf
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_a_stand_in(
-    path: Path, toy_model_dir: Path, data_sets: dict[str, Path], tmp_path: Path
+    path: Path, models: Callable[[str], Path], data_sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = RunConfig.model_validate(small(load_recipe(path), toy_model_dir, data_sets).model_dump())
+    recipe = load_recipe(path)
+    config = RunConfig.model_validate(small(recipe, models(recipe.model.path), data_sets).model_dump())
     train(config, tmp_path / "run")
     run = RunDir(tmp_path / "run")
     records = list(read_metrics(run.metrics))
