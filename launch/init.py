@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from trainer.config import RowFormat
 from trainer.errors import UserError
 from trainer.recipe_schema import Loc, alternatives, describe, schema_at, takes_null
 from trainer.recipe_yaml import dump_inline
@@ -28,7 +29,7 @@ def init(
     *,
     model: str,
     data: str,
-    format: Literal["alpaca", "messages", "prompt_completion", "text"] = "messages",
+    format: RowFormat = "messages",
     columns: dict[str, str] | None = None,
     method: Literal["full", "lora", "qlora"] = "qlora",
     gpu_memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,

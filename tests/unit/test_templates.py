@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Source
-from trainer.data import layout
+from trainer.data import layout, masking
 from trainer.data.formats import BadRow, find_columns, read_example
 from trainer.data.masking import Dropped, build_labels, load_template, render_prompt, template_text
 from trainer.data.templated import NOT_OF_TEMPLATE, TemplateReader
@@ -232,3 +232,36 @@ def test_an_answer_that_is_not_there_is_not_trained(llama2_like: PreTrainedToken
     assert isinstance(row, Dropped)
     ids = kept(label_one(chat("q", "a"), load_template("llama2", llama2_like), llama2_like)).labels
     assert ids.count(llama2_like.eos_token_id) == 1 and ids[0] == IGNORE_INDEX
+
+
+TEMPLATE_TEXT = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "<|eot_id|>",
+    "[INST]",
+    " </s>",
+    "{{ bos_token }}",
+    "\ue0001.0\ue001",
+]
+hostile_texts = st.lists(st.one_of(st.text(max_size=10), st.sampled_from(TEMPLATE_TEXT)), max_size=4).map("".join)
+
+
+@given(st.sampled_from(BUILT_IN), st.lists(hostile_texts, min_size=2, max_size=20), st.none() | hostile_texts)
+@settings(max_examples=300, deadline=None)
+def test_what_is_trained_is_the_answers_or_nothing(
+    llama3_like: PreTrainedTokenizerFast, name: str, texts: list[str], system: str | None
+) -> None:
+    """Whatever stands in the messages: bytes come back from these tokens as they were."""
+    template = load_template(name, llama3_like)
+    messages = chat(*texts[: len(texts) // 2 * 2], system=system)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    row = label_one(messages, template, llama3_like, pack_length=4096)
+    if isinstance(row, Dropped):
+        assert row.reason in (masking.DISAGREE, masking.STRADDLES, masking.EMPTY_ANSWER, layout.ALTERED)
+        special = any(token in text for text in (*texts, system or "") for token in TEMPLATE_TEXT)
+        blank = any(text != text.strip() or not text for text in (*texts, system or ""))
+        assert special or blank, f"an honest row is dropped: {row.reason}"
+    else:
+        stop = {"llama2": " </s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "alpaca": "</s>"}[name]
+        lead = " " if name == "llama2" else ""
+        assert trained_text(row, llama3_like) == [f"{lead}{answer}{stop}" for answer in answers]
