@@ -23,7 +23,6 @@ from trainer.checkpoint.layout import RunDir, write_atomically, write_manifest
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.export import consolidate as module
 from trainer.export.consolidate import consolidate
 from trainer.export.result import Finish, finish_adapter, finish_full, write_result
 from trainer.launchers import World
@@ -94,7 +93,7 @@ def test_a_checkpoint_alone_becomes_the_model(
 
 
 def test_many_files_have_an_index(tmp_path: Path, toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr("trainer.export.shards.SHARD_BYTES", 60_000)
     model = full_run(tmp_path / "run", toy_recipe())
     consolidate(RunDir(tmp_path / "run").step_dir(1), tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))

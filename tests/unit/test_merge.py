@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from tests.unit.export_toys import make_run, peft_merge
-from trainer.checkpoint.layout import UNFINISHED, RunDir, find_damage, read_manifest, write_manifest
-from trainer.config import RunConfig
-from trainer.errors import PacktrainError, UserError
+from trainer.checkpoint.layout import (
+    UNFINISHED,
+    RunDir,
+    find_damage,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from trainer.config import ModelConfig, RunConfig
+from trainer.errors import PacktrainError, Preempted, UserError
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
+from trainer.model.weights import base_content_hash
+from trainer.recipe import dump_recipe
 
 LORA: dict[str, Any] = {"r": 4, "alpha": 16.0}
 NF4 = {"type": "nf4", "double_quant": True}
@@ -143,13 +149,20 @@ def test_only_the_embeddings_of_a_tied_model_changed(tmp_path: Path, toy_tied_mo
 
 
 @pytest.fixture
-def sharded_run(tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path) -> Path:
-    """A run on the toy cut into many files."""
+def sharded_base(tmp_path: Path, toy_model_dir: Path) -> Path:
+    """The toy cut into many files."""
     base = tmp_path / "sharded"
     AutoModelForCausalLM.from_pretrained(toy_model_dir).save_pretrained(base, max_shard_size="60KB")
     AutoTokenizer.from_pretrained(toy_model_dir).save_pretrained(base)
     assert len(list(base.glob("*.safetensors"))) > 3
-    return make_run(tmp_path / "run", toy_recipe(model={"path": str(base), "dtype": "float32"}, **CASES["qlora"]))
+    return base
+
+
+@pytest.fixture
+def sharded_run(tmp_path: Path, toy_recipe: Callable[..., RunConfig], sharded_base: Path) -> Path:
+    """A run on the toy cut into many files."""
+    model = {"path": str(sharded_base), "dtype": "float32"}
+    return make_run(tmp_path / "run", toy_recipe(model=model, **CASES["qlora"]))
 
 
 def test_keeps_the_bases_shards(tmp_path: Path, sharded_run: Path) -> None:
@@ -297,29 +310,240 @@ def test_other_bytes_than_trained_on_are_refused(tmp_path: Path, toy_recipe: Cal
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path, sharded_run: Path) -> None:
-    script = textwrap.dedent(f"""
-        import torch
-        from pathlib import Path
-        from trainer.export.merge import merge_adapter
-        torch.set_num_threads(1)
-        for i in range(1000):
-            merge_adapter(Path({str(sharded_run)!r}), Path({str(tmp_path)!r}) / f"out{{i}}")
-    """)
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out2.unfinished/*00002-of*.safetensors")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def assert_as_the_library_writes(folder: Path) -> None:
+    """Every file has the very bytes that safetensors makes of its tensors."""
+    for file in folder.glob("*.safetensors"):
+        again = folder.with_name("again.safetensors")
+        save_file(load_file(file), again, metadata={"format": "pt"})
+        assert file.read_bytes() == again.read_bytes()
 
-    finished = [f for f in tmp_path.glob("out*") if f.suffix != UNFINISHED]
-    assert len(finished) >= 2
-    assert all(find_damage(folder) is None for folder in finished)
-    interrupted = list(tmp_path.glob("out*.unfinished"))
-    assert interrupted
-    assert all(find_damage(folder) is not None for folder in interrupted)
-    merge_adapter(sharded_run, interrupted[0].with_suffix(""))
-    assert not interrupted[0].exists()
+
+@pytest.mark.parametrize("case", ["lora", "qlora, dora", "head and embeddings"])
+def test_files_are_the_librarys_own_bytes(
+    case: str, tmp_path: Path, sharded_base: Path, toy_recipe: Callable[..., RunConfig]
+) -> None:
+    model = {"path": str(sharded_base), "dtype": "bfloat16"}
+    run = make_run(tmp_path / "run", toy_recipe(model=model, **CASES[case]))
+    merge_adapter(run, tmp_path / "out")
+    assert_as_the_library_writes(tmp_path / "out")
+    assert find_damage(tmp_path / "out") is None  # hashed while they were written
+
+
+def test_a_base_of_several_dtypes_that_another_program_ordered(tmp_path: Path, toy_tied_model_dir: Path) -> None:
+    """Its tensors are neither read nor written in the order of their file; the head that comes apart lies nowhere."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    shutil.copytree(toy_tied_model_dir, base)
+    tensors = {n: t if "norm" in n else t.bfloat16() for n, t in load_file(base / "model.safetensors").items()}
+    header, data = {"junk": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}, b"abc"
+    for name in sorted(tensors, key=lambda name: name[::-1]):
+        start, data = len(data), data + tensors[name].view(torch.uint8).numpy().tobytes()
+        dtype = "F32" if "norm" in name else "BF16"
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, len(data)]}
+    header["x.rotary_emb.inv_freq"] = header.pop("junk")
+    text = json.dumps(header).encode()
+    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = get_peft_model(
+        plain, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["o_proj"], modules_to_save=["embed_tokens"])
+    )
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.modules_to_save["default"].weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+
+    found = merged_tensors(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert found["model.norm.weight"].dtype == torch.float32 and found["lm_head.weight"].dtype == torch.bfloat16
+    assert_as_the_library_writes(tmp_path / "out")
+    record = read_manifest(tmp_path / "out")
+    assert record["base"]["content_hash"] == base_content_hash(ModelConfig.model_validate(record["model"]), 0)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from trainer.export.merge import merge_adapter
+
+def mib(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 1024
+
+torch.set_num_threads(1)
+for run in map(Path, sys.argv[1:]):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+    before = mib("VmRSS")
+    merge_adapter(run, run / "merged")
+    print(mib("VmHWM") - before)
+"""
+
+
+def test_memory_is_at_most_twice_the_largest_file(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path
+) -> None:
+    """Every resident page counts, mapped ones too; the first merge, of a toy, has what is made once and kept."""
+
+    def make(name: str, base: Path, quantization: Any) -> Path:
+        run, size = RunDir(tmp_path / name), AutoConfig.from_pretrained(base).hidden_size
+        model = {"path": str(base), "dtype": "bfloat16"}
+        write_atomically(run.recipe, dump_recipe(toy_recipe(model=model, adapter=LORA, quantization=quantization)))
+        run.write_state("done", 1)
+        run.adapter.mkdir()
+        prefix = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+        pair = {prefix + "A.weight": torch.ones(4, size), prefix + "B.weight": torch.ones(size, 4)}
+        save_file(pair, run.adapter / "adapter_model.safetensors")
+        (run.adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 16.0}')
+        return run.path
+
+    write_constants(tmp_path / "six", toy_model_dir, num_files=6, layers=2)
+    write_constants(tmp_path / "one", toy_model_dir, num_files=1, layers=4)
+    runs = [
+        make("toy", toy_model_dir, NF4),
+        make("lora", tmp_path / "six", None),
+        make("qlora", tmp_path / "one", NF4),
+    ]
+    used = subprocess.run([sys.executable, "-c", MEASURE, *map(str, runs)], capture_output=True, text=True)
+    assert used.returncode == 0, used.stderr
+    _, lora, qlora = map(float, used.stdout.split())
+    assert 8 < lora < 2 * 65
+    assert 8 < qlora < 2 * 129
+
+
+def write_constants(folder: Path, toy: Path, num_files: int, layers: int) -> None:
+    """A model of 0.5 everywhere in 16 bit: so many layers a file, of 32 MiB each."""
+    shutil.copytree(toy, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(toy)
+    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": num_files * layers})
+    config.update({"head_dim": 256, "num_key_value_heads": 4, "dtype": "bfloat16"})
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        number = int(name.split(".")[2]) // layers if ".layers." in name else 0
+        shards.setdefault(f"model-{number}.safetensors", {})[name] = torch.full(shape, 0.5, dtype=torch.bfloat16)
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        assert (folder / file).stat().st_size < (32 * layers + 2) * 2**20
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+KILL = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from trainer.export.merge import merge_adapter
+
+torch.set_num_threads(1)
+run, folder = map(Path, sys.argv[1:])
+random.seed(5)
+for number in range(6):  # each is killed at another moment of its merge, or has ended by then
+    out = folder / f"out{number}"
+    if (pid := os.fork()) == 0:
+        merge_adapter(run, out)
+        os._exit(0)
+    while not out.exists() and not out.with_name(out.name + ".unfinished").exists():
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0.0, 0.25))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_killed_anywhere_a_merge_goes_on_and_makes_the_same_bytes(tmp_path: Path, sharded_run: Path) -> None:
+    merge_adapter(sharded_run, tmp_path / "wanted")
+    named = ("README.md", "manifest.json")  # these say the folder's name
+    wanted = {file.name: file.read_bytes() for file in (tmp_path / "wanted").iterdir() if file.name not in named}
+    command = [sys.executable, "-c", KILL, str(sharded_run), str(tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
+
+    unfinished = list(tmp_path.glob("out*.unfinished"))
+    assert len(unfinished) >= 2
+    for number in range(6):
+        out = tmp_path / f"out{number}"
+        if not out.exists():
+            merge_adapter(sharded_run, out)
+        assert find_damage(out) is None
+        assert {name: (out / name).read_bytes() for name in wanted} == wanted
+        assert {file.name for file in out.iterdir()} == {*wanted, *named}
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+class TestGoingOn:
+    @pytest.fixture
+    def stopped(self, tmp_path: Path, sharded_run: Path) -> Path:
+        """The run, with an unfinished merge into out/ of which some files are whole."""
+        with pytest.raises(Preempted):
+            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(12))
+        assert not (tmp_path / "out").exists()
+        return sharded_run
+
+    def went_on(self, run: Path, out: Path, base: Any = "dequantized") -> int:
+        """Merges to the end; how many files were left as they were."""
+        unfinished = out.with_name("out.unfinished")
+        before = {file.name: file.stat().st_ino for file in unfinished.glob("*.safetensors")}
+        times = {file.name: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
+        merge_adapter(run, out, base)
+        after = {file.name: file.stat() for file in out.glob("*.safetensors")}
+        assert find_damage(out) is None and not unfinished.exists()
+        assert verify_export(out).merged_onto == base
+        return sum(after[n].st_ino == before[n] and after[n].st_mtime_ns == times[n] for n in before)
+
+    def test_after_the_files_that_are_whole(self, stopped: Path, tmp_path: Path) -> None:
+        merge_adapter(stopped, tmp_path / "wanted")
+        whole = self.went_on(stopped, tmp_path / "out")
+        assert 0 < whole < len(list((tmp_path / "out").glob("*.safetensors")))
+        for file in (tmp_path / "wanted").glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+    def test_not_of_a_merge_onto_the_other_base(self, stopped: Path, tmp_path: Path) -> None:
+        assert self.went_on(stopped, tmp_path / "out", "original") == 0
+
+    def test_not_of_another_adapter(self, stopped: Path, tmp_path: Path) -> None:
+        file = stopped / "adapter" / "adapter_model.safetensors"
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+        assert self.went_on(stopped, tmp_path / "out") == 0
+
+    def test_not_of_another_base(self, stopped: Path, tmp_path: Path) -> None:
+        step = stopped / "checkpoints" / "step_00000001"
+        record = read_manifest(step)
+        write_manifest(step, {**record, "base": {}})  # a run that knows no hash of its base
+        file = sorted((tmp_path / "sharded").glob("*.safetensors"))[0]
+        with pytest.raises(Preempted):
+            merge_adapter(stopped, tmp_path / "out", check=raise_at(12))
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+        assert self.went_on(stopped, tmp_path / "out") == 0
+
+    def test_not_of_a_file_that_was_cut(self, stopped: Path, tmp_path: Path) -> None:
+        file = sorted((tmp_path / "out.unfinished").glob("*.safetensors"))[0]
+        file.write_bytes(file.read_bytes()[:-1])
+        assert self.went_on(stopped, tmp_path / "out") == 0
+
+    def test_an_error_leaves_nothing(self, sharded_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="No space"):
+            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(12, OSError(28, "No space left on device")))
+        assert not list(tmp_path.glob("out*"))
+
+    def test_what_is_not_approved_does_not_appear(self, sharded_run: Path, tmp_path: Path) -> None:
+        def refuse(folder: Path) -> None:
+            assert find_damage(folder) is None and verify_export(folder).tensors
+            raise PacktrainError("no")
+
+        with pytest.raises(PacktrainError, match="no"):
+            merge_adapter(sharded_run, tmp_path / "out", approve=refuse)
+        assert not list(tmp_path.glob("out*"))
+
+
+def raise_at(call: int, error: BaseException | None = None) -> Callable[[], None]:
+    """A check that stops the merge at its n-th call."""
+    calls = iter(range(1, 10**6))
+
+    def check() -> None:
+        if next(calls) == call:
+            raise error or Preempted("stop")
+
+    return check

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, Preempted
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -162,9 +162,14 @@ def hash_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def unfinished(final: Path) -> Path:
+    """Where `final` is filled until it is complete."""
+    return final.with_name(final.name + UNFINISHED)
+
+
 def begin_folder(final: Path) -> Path:
     """An empty folder to fill, named `final` + `UNFINISHED`, for `commit_folder`."""
-    temporary = final.with_name(final.name + UNFINISHED)
+    temporary = unfinished(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
@@ -180,21 +185,32 @@ def commit_folder(temporary: Path, final: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Deletes a committed folder: a kill meanwhile leaves none that looks committed and lacks files."""
-    leftover = folder.with_name(folder.name + UNFINISHED)
+    leftover = unfinished(folder)
     shutil.rmtree(leftover, ignore_errors=True)
     os.rename(folder, leftover)
     shutil.rmtree(leftover)
 
 
 @contextlib.contextmanager
-def folder_appears_when_complete(final: Path) -> Iterator[Path]:
-    """Yields a folder to fill; after success it is synced and becomes `final`, after an error `final` never appears."""
-    temporary = begin_folder(final)
+def folder_appears_when_complete(
+    final: Path, can_go_on: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path]:
+    """Yields a folder to fill; after success it is synced and becomes `final`, after an error `final` never appears.
+
+    Args:
+        can_go_on: whether what an earlier filling left unfinished can be gone on from. Then it is yielded as it is, and
+            kept by a stop that was asked for; an error always removes it, as a full disk has no room for half a model.
+    """
+    temporary = unfinished(final)
+    if not can_go_on(temporary):
+        begin_folder(final)
     try:
         yield temporary
         commit_folder(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half a model
+    except BaseException as error:
+        was_asked = isinstance(error, Preempted) or not isinstance(error, Exception)
+        if not (was_asked and can_go_on(temporary)):
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -204,7 +220,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, record: dict[str, Any], files: dict[str, dict[str, Any]] | None = None) -> None:
-    """Writes ``manifest.json``: `record` plus size and blake3 of every other file in `folder`.
+    """Writes ``manifest.json``: `record` plus size and blake3 of every other file in `folder`, but for unfinished ones.
 
     Args:
         files: entries that are known already, by the file's path in `folder`.
@@ -212,7 +228,7 @@ def write_manifest(folder: Path, record: dict[str, Any], files: dict[str, dict[s
     entries = dict(files or {})
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and path.name != MANIFEST and name not in entries:
+        if path.is_file() and path.name != MANIFEST and path.suffix != UNFINISHED and name not in entries:
             entries[name] = describe_file(path)
     write_atomically(folder / MANIFEST, json.dumps({**record, "files": entries}, indent=1) + "\n")
 

@@ -16,6 +16,8 @@ from trainer.errors import UserError
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
 
 PREFIX = "base_model.model."
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of a weight that are float32 at a time
+LEAST_ROWS = 64  # of fewer a matmul adds up in another order than of the whole matrix
 # Each of these makes the adapter more than W + scale * B @ A (with DoRA's magnitude), or changes its layout.
 UNSUPPORTED = (
     "alora_invocation_tokens",
@@ -52,17 +54,26 @@ class LowRank:
         """Whether merging it would change nothing: B as it was initialised."""
         return self.magnitude is None and not bool(self.b.any())
 
-    def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
+    def merge_into(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``W + scale * B @ A`` in float32; with DoRA its rows rescaled to `magnitude` (arXiv:2402.09353, eq. 5).
 
+        A block of rows at a time is in float32, which also keeps it in the processor's caches.
+
         Args:
-            weight: ``[out, in]``, any float dtype, on any device.
+            weight: ``[out, in]``, any float dtype, on any device; written over if it is of `dtype`.
+            dtype: of the result.
         """
-        a, b = (t.to(weight.device, torch.float32) for t in (self.a, self.b))
-        merged = weight.float().addmm(b, a, alpha=self.scale)
-        if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(merged, dim=1)
-            merged *= (self.magnitude.to(weight.device, torch.float32) / norm).unsqueeze(1)
+        merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+        a = self.a.to(weight.device, torch.float32)
+        num_rows = max(LEAST_ROWS, BLOCK_ELEMENTS[weight.device.type] // weight.shape[1])
+        for start in range(0, len(weight), num_rows):
+            rows = slice(start, start + num_rows)
+            b = self.b[rows].to(weight.device, torch.float32)
+            block = torch.addmm(weight[rows].float(), b, a, alpha=self.scale)
+            if self.magnitude is not None:
+                norm = torch.linalg.vector_norm(block, dim=1)
+                block *= (self.magnitude[rows].to(weight.device, torch.float32) / norm).unsqueeze(1)
+            merged[rows] = block
         return merged
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from trainer.checkpoint.result import Result
 from trainer.config import ModelConfig
 from trainer.errors import UserError
-from trainer.export.consolidate import cut_into_shards
+from trainer.export.shards import cut_into_shards
 from trainer.model.lora import decoder_linears
 from trainer.model.weights import (
     STALE_SUFFIX,
@@ -68,6 +68,11 @@ class BaseTensors:
         return cut_into_shards(self._parameters, getattr(torch, self.model.dtype))
 
     @cached_property
+    def file_of(self) -> dict[str, str]:
+        """Tensor -> the file it lies in."""
+        return {name: file for file, names in self.shards.items() for name in names}
+
+    @cached_property
     def linears(self) -> set[str]:
         """Names of the decoder layers' linear modules: those that a 4-bit base quantises."""
         return set(decoder_linears(self._meta))
@@ -77,13 +82,13 @@ class BaseTensors:
         if self.model.init == "random":
             shape = torch.Size(self.shapes[name])
             return random_parameter(self.config, name, shape, self.seed, self.saved_dtype(name), device)
-        return self._handles[self._file_of[name]].get_tensor(name).to(device)
+        return self._handles[self.file_of[name]].get_tensor(name).to(device)
 
     def saved_dtype(self, name: str) -> torch.dtype:
         """Dtype the tensor is stored in; a random base is made in ``model.dtype``."""
         if self.model.init == "random":
             return getattr(torch, self.model.dtype)
-        slice_dtype = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        slice_dtype = self._handles[self.file_of[name]].get_slice(name).get_dtype()
         return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(slice_dtype, torch.float32)
 
     def content_hash(self, check: Callable[[], None] = lambda: None) -> str:
@@ -108,24 +113,13 @@ class BaseTensors:
         assert self.folder is not None
         return {file.name: safe_open(file, framework="pt") for file in weight_files(self.folder)}
 
-    @cached_property
-    def _file_of(self) -> dict[str, str]:
-        return {name: file for file, names in self.shards.items() for name in names}
 
-
-def check_unchanged(base: BaseTensors, result: Result, check: Callable[[], None] = lambda: None) -> str:
-    """Compares the base with the one that training recorded.
-
-    Args:
-        check: called before each file.
-
-    Returns:
-        The base's content hash.
+def check_unchanged(base: BaseTensors, found: str, result: Result) -> None:
+    """Compares the base's content hash `found` with the one that training recorded.
 
     Raises:
         UserError: it is another one now.
     """
-    found = base.content_hash(check)
     trained_on = (result.base or {}).get("content_hash")
     if trained_on and trained_on != found:
         raise UserError(
@@ -134,4 +128,3 @@ def check_unchanged(base: BaseTensors, result: Result, check: Callable[[], None]
             "the very files that were trained on",
             f"put them back, or set model.path in {result.run_dir.recipe if result.run_dir else 'the recipe'}",
         )
-    return found

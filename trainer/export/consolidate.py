@@ -8,19 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save as serialise
 
 from trainer.checkpoint.layout import find_damage, folder_appears_when_complete
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
 from trainer.export.kv_heads import KVHeads
+from trainer.export.pipeline import run_pipeline
+from trainer.export.shards import Piece, ShardWriter, Spec, cut_into_shards, write_index
 
-SHARD_BYTES = 4 * 2**30
 SERVING = "serving"  # folder of a checkpoint with config and tokenizer, so that nothing else is needed
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ def consolidate(
 ) -> ConsolidateReport:
     """Writes a model folder (safetensors, index, config, tokenizer) of a full fine-tune's checkpoint.
 
-    Needs neither a GPU nor the base nor the run around the checkpoint, and holds one tensor at a time.
+    Needs neither a GPU nor the base nor the run around the checkpoint. Reads a tensor while the one before is written,
+    and holds no third.
 
     Args:
         checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
@@ -65,11 +64,10 @@ def consolidate(
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def read(name: str) -> torch.Tensor:
-        check()
         return heads.repeat(name, saved.read(f"model.{name}"))
 
     with folder_appears_when_complete(out) as folder:
-        write_model(folder, shapes, dtype, read)
+        write_model(folder, shapes, dtype, read, check)
         shutil.copytree(checkpoint / SERVING, folder, dirs_exist_ok=True)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return ConsolidateReport(out, saved.step, len(shapes), num_bytes, time.monotonic() - started)
@@ -89,67 +87,35 @@ def _check(checkpoint: Path, is_intact: bool) -> None:
 
 
 def write_model(
-    folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, read: Callable[[str], torch.Tensor]
+    folder: Path,
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    read: Callable[[str], torch.Tensor],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes tensors under transformers' file names, with an index where there is more than one file.
 
     Args:
         shapes: by tensor name, in the order to write.
         dtype: cast to.
-        read: a tensor by name; called once for each, in order.
+        read: a tensor by name; called once for each, in order, on a thread of its own.
+        check: called before each tensor is written; what it raises ends the writing.
     """
-    shards = cut_into_shards(shapes, dtype)
-    for file, names in shards.items():
-        _write_safetensors(folder / file, {name: shapes[name] for name in names}, dtype, read)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    shards = {
+        file: {name: Spec(shapes[name], dtype) for name in names}
+        for file, names in cut_into_shards(shapes, dtype).items()
+    }
 
+    def checked(_: Piece, tensor: torch.Tensor) -> torch.Tensor:
+        check()
+        return tensor
 
-def _write_safetensors(
-    path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, read: Callable[[str], torch.Tensor]
-) -> None:
-    """One safetensors file, appended to tensor by tensor (https://huggingface.co/docs/safetensors, "Format")."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _dtype_name(dtype), "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            file.write(_bytes_of(read(name).to(dtype)))  # no name holds the tensor while the next one is read
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' own name of a dtype, as the library writes it."""
-    encoded = serialise({"x": torch.empty(0, dtype=dtype)})
-    length = int.from_bytes(encoded[:8], "little")
-    return json.loads(encoded[8 : 8 + length])["x"]["dtype"]
-
-
-def cut_into_shards(tensors: Mapping[str, Any], dtype: torch.dtype) -> dict[str, list[str]]:
-    """File name -> tensor names, some 4 GiB a file, in the given order and under transformers' file names.
-
-    Args:
-        tensors: tensors or their shapes; what counts is their ``numel()``.
-    """
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    writer = ShardWriter(folder, shards)
+    run_pipeline(
+        items=writer.pieces(),
+        read=lambda piece, _: read(piece.name).to(dtype),
+        compute=checked,
+        write=writer.write,
+        num_buffers=2,
+    )
+    write_index(folder, shards)

@@ -1,4 +1,4 @@
-"""Merges an adapter into its base shard by shard; a shard at a time is in memory, never the model.
+"""Merges an adapter into its base tensor by tensor, in at most twice the memory of the largest file.
 
 The base is the one trained on: for QLoRA its 4-bit weights dequantised as the training's forward did
 (arXiv:2305.14314), or on request the 16-bit ones, which the adapter has never seen.
@@ -7,17 +7,16 @@ The base is the one trained on: for QLoRA its 4-bit weights dequantised as the t
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checkpoint.layout import folder_appears_when_complete, hash_file, write_manifest
@@ -26,10 +25,15 @@ from trainer.config import ModelConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors, check_unchanged
+from trainer.export.base_stream import BaseStream
 from trainer.export.card import write_card
 from trainer.export.kv_heads import KVHeads
+from trainer.export.pipeline import Buffer, run_pipeline
+from trainer.export.progress import Progress
 from trainer.export.serving import write_serving_files
+from trainer.export.shards import Piece, ShardWriter, Spec, write_index
 from trainer.generate import default_device
+from trainer.host_checks import versions
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainer.model.decilm import as_llama
 from trainer.model.nf4 import Fingerprint, Format, dequantize_weight, quantize_weight
@@ -37,6 +41,7 @@ from trainer.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 BaseKind = Literal["dequantized", "original"]
+MOST_BUFFERS = 4  # one being read, one waiting, one being merged, one being written
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,21 @@ class MergeReport:
 
 
 def merge_adapter(
-    source: Path, out: Path, base: BaseKind = "dequantized", check: Callable[[], None] = lambda: None
+    source: Path,
+    out: Path,
+    base: BaseKind = "dequantized",
+    check: Callable[[], None] = lambda: None,
+    approve: Callable[[Path], None] = lambda folder: None,
 ) -> MergeReport:
     """Writes base and adapter as one model: safetensors, configs, tokenizer, template, card and manifest.
 
+    A merge of the same adapter, base and settings that was killed or asked to stop goes on after its last whole file.
+
     Args:
         source: a run dir, or an adapter folder in PEFT's format.
-        out: appears only when complete.
-        check: called before each tensor; what it raises ends the merge and leaves nothing.
+        out: appears only when complete and approved.
+        check: called before each tensor; what it raises ends the merge.
+        approve: given the complete folder before it becomes `out`; what it raises keeps it from doing so.
 
     Raises:
         UserError: `out` exists, `source` holds no adapter, the base is another one than was trained on, or the adapter
@@ -87,8 +99,9 @@ def merge_adapter(
     merger.check()
     _check_space(out, merger.num_bytes())
     out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_appears_when_complete(out) as folder:
-        merger.write_shards(folder)
+    progress = Progress({**merger.record(), "computed by": [*versions().items(), merger.device.type]})
+    with folder_appears_when_complete(out, progress.can_go_on) as folder:
+        merger.write_shards(folder, progress)
         merger.write_configs(folder)
         report = MergeReport(
             out=out,
@@ -100,7 +113,9 @@ def merge_adapter(
             seconds=round(time.monotonic() - started, 3),
         )
         write_card(folder, result, report)
-        write_manifest(folder, merger.record())
+        write_manifest(folder, merger.record(), progress.entries())
+        approve(folder)
+        progress.forget(folder)
     return report
 
 
@@ -119,6 +134,7 @@ class Merger:
         self.kv_heads = KVHeads.of(self.config.to_dict())
         self.device = default_device()
         config = result.config
+        self.content_hash: str | None = None  # of the base, known when all of it has been read
         self.quantization = config.quantization if config and base_kind == "dequantized" else None
         self.base_kind: BaseKind = "dequantized" if self.quantization else "original"
         self.fingerprint = Fingerprint()
@@ -128,12 +144,11 @@ class Merger:
             self.sources[HEAD] = EMBEDDING
 
     def check(self) -> None:
-        """Looks at everything before the first byte is written.
+        """Looks at everything that can be known before the base is read.
 
         Raises:
-            UserError: the base changed, or a key of the adapter finds no tensor of its shape.
+            UserError: a key of the adapter finds no tensor of its shape.
         """
-        self.content_hash = check_unchanged(self.base, self.result, self._look)
         file = str(self.result.folder / ADAPTER_WEIGHTS)
         wanted = [f"{module}.weight" for module in self.adapter.low_rank] + list(self.adapter.replaced)
         if not wanted:
@@ -163,31 +178,49 @@ class Merger:
         """Modules whose adapter would change nothing."""
         return [module for module, pair in self.adapter.low_rank.items() if pair.is_zero]
 
+    @cached_property
+    def shards(self) -> dict[str, dict[str, Spec]]:
+        """The files to write, under the base's names, with their tensors."""
+        names = {file: list(held) for file, held in self.base.shards.items()}
+        if self.unties_head:
+            names[list(names)[-1]].append(HEAD)
+        return {file: {name: self._spec(name) for name in held} for file, held in names.items()}
+
     def num_bytes(self) -> int:
         """Size of the tensors to write."""
-        shapes = {name: self.kv_heads.shape(name, self._shape(name)) for name in self.sources}
-        return sum(shape.numel() * self._dtype(name).itemsize for name, shape in shapes.items())
+        return sum(spec.nbytes for specs in self.shards.values() for spec in specs.values())
 
-    def write_shards(self, folder: Path) -> None:
-        """Writes the safetensors under the base's file names, and their index.
+    def write_shards(self, folder: Path, progress: Progress) -> None:
+        """Writes the safetensors that are not whole yet, and their index.
 
         Raises:
+            UserError: the base is not the one trained on.
             PacktrainError: the 4-bit base came out different from the one trained on.
         """
-        shards = {file: list(names) for file, names in self.base.shards.items()}
-        if self.unties_head:
-            shards[list(shards)[-1]].append(HEAD)
-        for file, names in shards.items():
-            # Named by nothing, so that a shard is gone before the next is made.
-            save_file(
-                {name: self.kv_heads.repeat(name, self._merged(name)) for name in names},
-                folder / file,
-                metadata={"format": "pt"},
-            )
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": self.num_bytes()}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        stream = BaseStream(self.base, self._look)
+        self._go_on(folder, progress, stream)
+        fingerprints: dict[str, list[int]] = {}
+
+        def read(piece: Piece, buffer: Buffer) -> torch.Tensor:
+            tensor = stream.read(piece.file, self.sources[piece.name], buffer)
+            if piece.is_last:
+                stream.end(piece.file)
+            return tensor
+
+        def compute(piece: Piece, stored: torch.Tensor) -> torch.Tensor:
+            merged = self._merged(piece.name, stored)
+            if piece.is_last:
+                fingerprints[piece.file] = self.fingerprint.state()
+            return merged
+
+        def note(file: str, entry: dict[str, Any]) -> None:
+            progress.note(folder, file, {**entry, "base": stream.hashes[file], "nf4": fingerprints[file]})
+
+        writer = ShardWriter(folder, {f: s for f, s in self.shards.items() if f not in progress.notes}, note)
+        run_pipeline(writer.pieces(), read, compute, writer.write, self._num_buffers())
+        write_index(folder, self.shards)
+        self.content_hash = stream.content_hash()
+        check_unchanged(self.base, self.content_hash, self.result)
         self._check_fingerprint()
 
     def write_configs(self, folder: Path) -> None:
@@ -233,6 +266,28 @@ class Merger:
             "recipe": config.model_dump(mode="json") if config else None,
         }
 
+    def _go_on(self, folder: Path, progress: Progress, stream: BaseStream) -> None:
+        """Takes up what an earlier merge noted, if the base still is what it read."""
+        for file, note in progress.notes.items():
+            stream.skip(file)
+            self.fingerprint.restore(note["nf4"])
+            if stream.hashes[file] != note["base"]:
+                progress.forget(folder)
+                stream.begin_again()
+                self.fingerprint = Fingerprint()
+                return
+        if progress.notes:
+            logger.info("going on after %d of %d files", len(progress.notes), len(self.shards))
+
+    def _num_buffers(self) -> int:
+        """Tensors under way at once, so that all of them together are no more than the largest file."""
+        largest = max(spec.nbytes for specs in self.shards.values() for spec in specs.values())
+        file = max(sum(spec.nbytes for spec in specs.values()) for specs in self.shards.values())
+        return max(1, min(MOST_BUFFERS, file // largest))
+
+    def _spec(self, name: str) -> Spec:
+        return Spec(tuple(self.kv_heads.shape(name, self._shape(name))), self._dtype(name))
+
     def _shape(self, name: str) -> tuple[int, ...]:
         replaced = self.adapter.replaced.get(name)
         return tuple(replaced.shape) if replaced is not None else self.base.shapes[self.sources[name]]
@@ -243,19 +298,25 @@ class Merger:
             return getattr(torch, self.result.config.model.dtype)
         return self.base.saved_dtype(self.sources[name])
 
-    def _merged(self, name: str) -> torch.Tensor:
-        """The tensor to write, on the CPU, with the heads that were trained."""
+    def _merged(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """The tensor to write, on the CPU, with the heads that were trained; where it fits it lies where `stored` did.
+
+        Args:
+            stored: the base's, on the CPU, to be written over.
+        """
         self._look()
-        dtype = self._dtype(name)
+        dtype, module = self._dtype(name), name.removesuffix(".weight")
         if name in self.adapter.replaced:
             return self.adapter.replaced[name].to(dtype).contiguous()
-        weight = self.base.read(self.sources[name], self.device).to(dtype)  # as the frozen weights of the training
-        module = name.removesuffix(".weight")
+        weight = stored.to(self.device).to(dtype)  # as the frozen weights of the training
         if self.quantization and module in self.base.linears:
             weight = self._dequantized(weight)
         if module in self.adapter.low_rank:
-            weight = self.adapter.low_rank[module].merge_into(weight)
-        return weight.to(dtype).cpu().contiguous()
+            weight = self.adapter.low_rank[module].merge_into(weight, dtype)
+        weight = self.kv_heads.repeat(name, weight.to(dtype))
+        if weight.data_ptr() == stored.data_ptr() or (weight.shape, dtype) != (stored.shape, stored.dtype):
+            return weight.cpu().contiguous()
+        return stored.copy_(weight)
 
     def _dequantized(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the 4-bit forward saw it, in its compute dtype."""

@@ -67,8 +67,8 @@ def finish_full(config: RunConfig, model_config: Any, tokenizer: Any) -> Finish:
 def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequest) -> None:
     """The adapter or model of a finished training; then, as the recipe asks, merged and verified.
 
-    It comes from the best checkpoint, or the last where none is the best. What an earlier start merged from the same
-    adapter is verified alone.
+    It comes from the best checkpoint, or the last where none is the best. ``merged/`` appears when it is verified; what
+    an earlier start merged from the same adapter is verified alone.
 
     Raises:
         Preempted: a signal asked to stop; at most a tensor is still written.
@@ -79,22 +79,30 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     if not (config.export.merge and config.adapter):
         return
     from trainer.export.merge import merge_adapter
-    from trainer.export.verify import verify_export
 
-    if run.merged.exists() and not _is_merge_of_result(config, run):
+    def approve(folder: Path) -> None:
+        if config.export.verify:
+            _verify(run, folder, stop)
+
+    if run.merged.exists():
+        if _is_merge_of_result(config, run):
+            approve(run.merged)
+            return
         logger.info("%s is of another adapter or onto another base: merging anew", run.merged)
         shutil.rmtree(run.merged)
-    if not run.merged.exists():
-        _stop_if_asked(stop, "before merging")
-        run.write_state("running", run.read_state()["step"], "merging")
-        check = partial(_stop_if_asked, stop, "while merging")
-        merged = merge_adapter(run.path, run.merged, config.export.base, check)
-        logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
-    if not config.export.verify:
-        return
+    _stop_if_asked(stop, "before merging")
+    run.write_state("running", run.read_state()["step"], "merging")
+    check = partial(_stop_if_asked, stop, "while merging")
+    merged = merge_adapter(run.path, run.merged, config.export.base, check, approve)
+    logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
+
+
+def _verify(run: RunDir, folder: Path, stop: StopRequest) -> None:
+    from trainer.export.verify import verify_export
+
     _stop_if_asked(stop, "before verifying")
     run.write_state("running", run.read_state()["step"], "verifying")
-    proof = verify_export(run.merged, partial(_stop_if_asked, stop, "while verifying"))
+    proof = verify_export(folder, partial(_stop_if_asked, stop, "while verifying"))
     logger.info(
         "verified: %d tensors equal an independent merge; logits are off by %.2g%% of the adapter's effect (%s)",
         proof.tensors,

@@ -346,6 +346,14 @@ class Fingerprint:
         dist.all_reduce(sums, group=group)
         self.total, self.count = sums[:2], int(sums[2])
 
+    def state(self) -> list[int]:
+        """What `restore` takes, to go on from here."""
+        return [*self.total.tolist(), self.count]
+
+    def restore(self, state: list[int]) -> None:
+        """Takes up what another one had added up to."""
+        self.total, self.count = torch.tensor(state[:2]), state[2]
+
     def text(self) -> str:
         return hashlib.blake2b(f"{self.count} {self.total.tolist()}".encode(), digest_size=16).hexdigest()
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -183,11 +184,19 @@ class FileHash:
 
     def add(self, file: Path) -> None:
         """Reads the whole of `file`, with all processors."""
-        self._digest.update(file.name.encode())
+        self.begin(file)
         self._digest.update_mmap(file)
 
+    def begin(self, file: Path) -> None:
+        """Takes in a file's name; its bytes come by `update`."""
+        self._digest.update(file.name.encode())
+
+    def update(self, data: Any) -> None:
+        """Takes in the next bytes of a file."""
+        self._digest.update(data)
+
     def text(self) -> str:
-        """The digest in hex."""
+        """The digest in hex of all so far."""
         return self._digest.hexdigest()
 
 
