@@ -12,7 +12,7 @@ def merge(
     out: Path | None = None,
     base: Literal["dequantized", "original"] = "dequantized",
 ) -> None:
-    """Make one model of what was trained, tensor by tensor, without a GPU.
+    """Make one model of what was trained, tensor by tensor, on a GPU if there is one; after a kill it goes on.
 
     An adapter is merged into its base, with tokenizer, template, card and hashes. A full fine-tune's checkpoint, as
     however many processes wrote it, becomes standard safetensors; it needs nothing but its own files.
@@ -53,6 +53,8 @@ def merge(
 def verify(folder: Path) -> None:
     """Prove that a merged model is base and adapter as trained: hashes, tensors, logits, tokenizer, stop token.
 
+    What merging did to the loss of some validation rows is written into the folder's manifest and card.
+
     Args:
         folder: merged folder, or a run dir that has one.
     """
@@ -67,4 +69,5 @@ def verify(folder: Path) -> None:
         f"  logits: off by {report.logit_error:.3%} of the adapter's own effect (at most 5% allowed), which is "
         f"{report.adapter_effect:.2%} of the base's logits; over {report.prompts}\n"
         "  hashes, tokenizer, chat template and stop tokens agree"
+        + (f"\n  validation loss: {report.validation}" if report.validation else "")
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.export_toys import make_run
 from tests.unit.test_merge import CASES, LORA, NF4
-from trainer.checkpoint.layout import read_manifest, write_manifest
+from trainer.checkpoint.layout import find_damage, read_manifest, write_manifest
 from trainer.config import RunConfig
+from trainer.data.masking import build_labels
+from trainer.data.prepare import load_split_examples
 from trainer.errors import PacktrainError, UserError
+from trainer.evaluate import packed_loss
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
+from trainer.generate import load_for_inference
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -221,3 +226,32 @@ def test_merged_folder_beside_the_users_own_recipe(tmp_path: Path, toy_recipe: C
     merge_adapter(run, tmp_path / "out")
     shutil.copy(run / "recipe.yaml", tmp_path)
     verify_export(tmp_path / "out")
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_what_merging_did_to_the_validation_loss_is_written_down(
+    onto: Any, tmp_path: Path, toy_recipe: Callable[..., RunConfig]
+) -> None:
+    config = toy_recipe(adapter={"r": 4, "alpha": 16.0}, quantization={"type": "nf4", "double_quant": True})
+    run = make_run(tmp_path / "run", config)
+    merge_adapter(run, run / "merged", onto)
+    found = verify_export(run).validation
+    assert found is not None and found.rows == 8
+
+    losses = {}
+    for name, folder in {"as_trained": run, "merged": run / "merged"}.items():
+        loaded = load_for_inference(folder, torch.device("cpu"))
+        examples = load_split_examples(config, "validation", loaded.tokenizer)[:8]
+        packs = [
+            [(row.ids, row.labels)] for row in build_labels(examples, loaded.template, loaded.tokenizer, config.data)
+        ]
+        losses[name], tokens = packed_loss(loaded.model, packs, config, torch.device("cpu"))
+        assert tokens == found.tokens
+    assert found.merged == pytest.approx(losses["merged"], abs=1e-5)
+    assert found.as_trained == pytest.approx(losses["as_trained"], abs=1e-5)
+    assert (abs(found.merged - found.as_trained) > 5e-5) == (onto == "original")
+    assert read_manifest(run / "merged")["validation_loss"] == asdict(found)
+    assert f"- Validation loss: {found.merged:.4f} merged" in (run / "merged" / "README.md").read_text()
+    assert find_damage(run / "merged") is None
+    assert verify_export(run).validation == found
+    assert (run / "merged" / "README.md").read_text().count("- Validation loss") == 1

@@ -12,6 +12,8 @@ from trainer.metrics.trackers import read_metrics
 if TYPE_CHECKING:
     from trainer.export.merge import MergeReport
 
+CARD, TO_FILL_IN = "README.md", "## To fill in"
+
 
 def write_card(folder: Path, result: Result, report: MergeReport) -> None:
     """Writes ``README.md`` into a merged model's folder."""
@@ -44,8 +46,8 @@ def write_card(folder: Path, result: Result, report: MergeReport) -> None:
             f"- Optimizer: {config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
             *[f"- {line}" for line in _losses(run_dir)],
         ]
-    lines += ["", "## To fill in", "", "- Licence of the data:", "- Intended use and limits:", "- Contact:", ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    lines += ["", TO_FILL_IN, "", "- Licence of the data:", "- Intended use and limits:", "- Contact:", ""]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
 def _data_fingerprint(run_dir: RunDir | None) -> str | None:

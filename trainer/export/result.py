@@ -109,6 +109,8 @@ def _verify(run: RunDir, folder: Path, stop: StopRequest) -> None:
         100 * proof.logit_error,
         proof.computed,
     )
+    if proof.validation:
+        logger.info("validation loss: %s", proof.validation)
 
 
 def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, check: Check = lambda: None) -> None:

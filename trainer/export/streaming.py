@@ -27,6 +27,11 @@ class Outputs:
     hidden: list[torch.Tensor]
     logits: torch.Tensor
 
+    def cut(self, num_tokens: int) -> tuple[Outputs, torch.Tensor]:
+        """The first so many tokens, and the logits of the others."""
+        first = Outputs([hidden[:num_tokens] for hidden in self.hidden], self.logits[:num_tokens])
+        return first, self.logits[num_tokens:]
+
 
 def build_empty(config: PretrainedConfig) -> Any:
     """The transformers model of `config` in float32 whose weights have no storage and whose buffers do."""

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.merge import tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
+from trainer.export.validation import ValidationLoss, compare_losses, record_loss, validation_rows
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, Format, dynamic_map, quantize_weight
@@ -61,6 +63,7 @@ class VerifyReport:
         prompts: number of prompts and where they come from.
         computed: dtype and device of the comparison.
         seconds: wall-clock time.
+        validation: what merging did to the loss of some validation rows; None without such rows.
     """
 
     folder: Path
@@ -73,10 +76,13 @@ class VerifyReport:
     prompts: str
     computed: str
     seconds: float
+    validation: ValidationLoss | None
 
 
 def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> VerifyReport:
     """Verifies a merged folder, or the one inside a run dir; its manifest says where base and adapter lie.
+
+    The validation loss before and after merging is written into the folder's manifest and card.
 
     Args:
         check: called before each file and tensor; what it raises ends the verification.
@@ -96,6 +102,8 @@ def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> Ver
     if problems:
         listed = problems[:MAX_LISTED] + [f"... and {len(problems) - MAX_LISTED} more"] * (len(problems) > MAX_LISTED)
         raise PacktrainError(f"{folder} is not the model that was trained:\n" + "\n".join(f"  - {p}" for p in listed))
+    if verifier.validation:
+        record_loss(folder, verifier.validation)
     return VerifyReport(
         folder=folder,
         merged_onto=verifier.manifest["merged_onto"],
@@ -107,6 +115,7 @@ def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> Ver
         prompts=prompts,
         computed=f"float32 on {verifier.device.type}",
         seconds=round(time.monotonic() - started, 3),
+        validation=verifier.validation,
     )
 
 
@@ -125,6 +134,7 @@ class Verifier:
         self.config = AutoConfig.from_pretrained(folder)
         self.peft_model = self._build_peft()
         self.num_adapted, self.rounded_otherwise = 0, 0.0
+        self.validation: ValidationLoss | None = None
 
     def compare_files(self) -> list[str]:
         """Tokenizer, template, stop tokens, and the names of the tensors."""
@@ -180,11 +190,19 @@ class Verifier:
         """
         prompts, source = self._prompts()
         described = f"{len(prompts)} {source}"
+        rows = validation_rows(self.result.config, tokenizer_of_result(self.result, self.base)[0])
+        inputs, compared = prompts + [row.ids for row in rows], sum(map(len, prompts))
         try:
-            tuned = run_streamed(self.peft_model, self._read, prompts, self.device)
+            tuned, tuned_rows = run_streamed(self.peft_model, self._read, inputs, self.device).cut(compared)
             with self.peft_model.disable_adapter():
-                base = run_streamed(self.peft_model, self._read, prompts, self.device)
-            merged = run_streamed(build_empty(self.config), self._read_merged, prompts, self.device)
+                base, base_rows = run_streamed(self.peft_model, self._read, inputs, self.device).cut(compared)
+            merged, merged_rows = run_streamed(build_empty(self.config), self._read_merged, inputs, self.device).cut(
+                compared
+            )
+            if rows and self.quantization != self.manifest["quantization"]:
+                as_trained = partial(self._read, as_trained=True)
+                tuned_rows = run_streamed(self.peft_model, as_trained, inputs[len(prompts) :], self.device).logits
+            self.validation = compare_losses(rows, base_rows, tuned_rows, merged_rows)
         except (KeyError, RuntimeError) as failure:
             if not problems:
                 raise
@@ -205,6 +223,14 @@ class Verifier:
                     "what was trained: serve the adapter unmerged, or train with model.dtype: float32"
                 )
         return (error / effect).item() if effect > 0 else 0.0, (effect / base.logits.norm()).item(), described
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """Of the base trained on, as the manifest tells that of the one merged onto."""
+        config = self.result.config
+        if config is None or config.quantization is None:
+            return None
+        return {**config.quantization.model_dump(mode="json"), "compute_dtype": config.compute_dtype}
 
     def _find_adapter(self) -> Result:
         """The adapter the manifest names, or where it moved to with its run."""
@@ -281,8 +307,12 @@ class Verifier:
             return [f"{tensor}: {share:.1%} of the elements lie one step beside the rounding of PEFT's float32 merge"]
         return []
 
-    def _read(self, name: str) -> torch.Tensor:
-        """A parameter of the PEFT model by its name there, in float32: from the adapter's file or the base."""
+    def _read(self, name: str, as_trained: bool = False) -> torch.Tensor:
+        """A parameter of the PEFT model by its name there, in float32: from the adapter's file or the base.
+
+        Args:
+            as_trained: of the base trained on, else of the one merged onto.
+        """
         self._look()
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
@@ -292,7 +322,7 @@ class Verifier:
         tensor = _base_name(key)
         source = EMBEDDING if tensor == HEAD and HEAD not in self.base.shapes else tensor
         weight = self.base.read(source, self.device).to(self.dtype)
-        quantization = self.manifest["quantization"]
+        quantization = self.quantization if as_trained else self.manifest["quantization"]
         if quantization and tensor.removesuffix(".weight") in self.base.linears:
             weight = _dequantized(weight, quantization)
         return weight.to(torch.float32)
