@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from trainer.checkpoint.layout import (
 )
 from trainer.config import ModelConfig, RunConfig
 from trainer.errors import PacktrainError, Preempted, UserError
+from trainer.export.adapter import why_vllm_refuses
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
 from trainer.model.weights import base_content_hash
@@ -103,10 +105,12 @@ def test_tied_head_stays_tied(tmp_path: Path, toy_recipe: Callable[..., RunConfi
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_adapter_made_by_peft_with_added_tokens(tmp_path: Path, toy_model_dir: Path) -> None:
+@pytest.mark.parametrize("base", ["toy_model_dir", "toy_tied_model_dir"])
+def test_adapter_made_by_peft_with_added_tokens(base: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """No run of ours: PEFT resized the embeddings and saved them, and named the base itself."""
     from peft import LoraConfig, get_peft_model
 
+    toy_model_dir = request.getfixturevalue(base)
     tokenizer: Any = AutoTokenizer.from_pretrained(toy_model_dir)
     tokenizer.add_tokens(["<|new|>", "<|newer|>"])
     model: Any = AutoModelForCausalLM.from_pretrained(toy_model_dir)
@@ -233,6 +237,20 @@ def test_card_and_manifest_say_what_it_is(tmp_path: Path, toy_recipe: Callable[.
     assert manifest["merged_onto"] == "dequantized"
     assert manifest["base"]["content_hash"] in card
     assert "qlora, r 4, alpha 16" in card
+
+
+@pytest.mark.parametrize("case", ["qlora", "rslora on some", "dora", "head and embeddings"])
+def test_what_vllm_serves_without_a_merge_is_known(
+    case: str, tmp_path: Path, toy_recipe: Callable[..., RunConfig]
+) -> None:
+    """Its PEFTHelper needs these fields, and refuses DoRA and modules_to_save."""
+    run = make_run(tmp_path / "run", toy_recipe(**CASES[case]))
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 16) and isinstance(config["target_modules"], list)
+    assert config["use_rslora"] == (case == "rslora on some")
+    reason = {"dora": "DoRA", "head and embeddings": r"whole modules \(embed_tokens, lm_head\)"}.get(case)
+    found = why_vllm_refuses(config)
+    assert found is None if reason is None else re.search(reason, found or "")
 
 
 class TestRefusals:

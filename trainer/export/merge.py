@@ -142,6 +142,8 @@ class Merger:
         self.unties_head = _unties_head(self.base, self.adapter)
         if self.unties_head:
             self.sources[HEAD] = EMBEDDING
+        elif HEAD not in self.sources:
+            self.adapter.replaced.pop(HEAD, None)  # of a tied model whose vocabulary grew: its embeddings once more
 
     def check(self) -> None:
         """Looks at everything that can be known before the base is read.

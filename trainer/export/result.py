@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted
 from trainer.export.consolidate import SERVING, consolidate
 from trainer.export.serving import tokenizer_as_trained, write_serving_files
-from trainer.model.adapter_files import ADAPTER_WEIGHTS, save_adapter
+from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from trainer.model.decilm import as_llama
 from trainer.preemption import StopRequest
 from trainer.recipe import load_recipe
@@ -76,7 +77,10 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     best = run.best_step() if config.checkpoint.keep_best else None
     check = partial(_stop_if_asked, stop, "while writing the result")
     write_result(run, best if best is not None else run.steps()[-1], config, tokenizer, check)
-    if not (config.export.merge and config.adapter):
+    if config.adapter is None:
+        return
+    if not config.export.merge:
+        _warn_if_not_served(run.adapter)
         return
     from trainer.export.merge import merge_adapter
 
@@ -95,6 +99,13 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     check = partial(_stop_if_asked, stop, "while merging")
     merged = merge_adapter(run.path, run.merged, config.export.base, check, approve)
     logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
+
+
+def _warn_if_not_served(adapter: Path) -> None:
+    from trainer.export.adapter import why_vllm_refuses
+
+    if refusal := why_vllm_refuses(json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
+        logger.warning("%s: `packtrain merge` makes a model of it that vLLM serves", refusal)
 
 
 def _verify(run: RunDir, folder: Path, stop: StopRequest) -> None:

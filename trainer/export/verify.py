@@ -32,6 +32,7 @@ from trainer.data.prepare import iter_split_examples
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import PacktrainError, UserError
+from trainer.export.adapter import why_vllm_refuses
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.merge import tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
@@ -218,9 +219,11 @@ class Verifier:
                 f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}"
             )
             if len(problems) == 1 and self.dtype != torch.float32:
+                refusal = why_vllm_refuses(self.peft_model.peft_config["default"].to_dict())
                 problems.append(
                     f"every tensor is the rounding of base + adapter, so {self.manifest['dtype']} is too coarse for "
-                    "what was trained: serve the adapter unmerged, or train with model.dtype: float32"
+                    f"what was trained: serve the adapter unmerged{f' ({refusal})' if refusal else ''}, or train with "
+                    "model.dtype: float32"
                 )
         return (error / effect).item() if effect > 0 else 0.0, (effect / base.logits.norm()).item(), described
 
