@@ -457,15 +457,21 @@ from trainer.export.merge import merge_adapter
 
 torch.set_num_threads(1)
 run, folder = map(Path, sys.argv[1:])
-random.seed(5)
-for number in range(6):  # each is killed at another moment of its merge, or has ended by then
-    out = folder / f"out{number}"
+
+def begin(out):
     if (pid := os.fork()) == 0:
         merge_adapter(run, out)
         os._exit(0)
     while not out.exists() and not out.with_name(out.name + ".unfinished").exists():
-        time.sleep(0.0005)
-    time.sleep(random.uniform(0.0, 0.25))
+        time.sleep(0.0002)
+    return pid, time.monotonic()
+
+pid, began = begin(folder / "whole")
+os.waitpid(pid, 0)
+seconds = time.monotonic() - began
+for number in range(8):  # each is killed at another moment of its merge
+    pid, began = begin(folder / f"out{number}")
+    time.sleep(max(0, random.uniform(number, number + 1) / 8 * seconds - (time.monotonic() - began)))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 """
@@ -481,7 +487,7 @@ def test_killed_anywhere_a_merge_goes_on_and_makes_the_same_bytes(tmp_path: Path
 
     unfinished = list(tmp_path.glob("out*.unfinished"))
     assert len(unfinished) >= 2
-    for number in range(6):
+    for number in range(8):
         out = tmp_path / f"out{number}"
         if not out.exists():
             merge_adapter(sharded_run, out)

@@ -17,7 +17,8 @@ from trainer.errors import UserError
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
 
 PREFIX = "base_model.model."
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of a weight that are float32 at a time
+BLOCK_ELEMENTS = 2**26  # of a weight that are float32 at a time on a GPU
+ELEMENTS_A_THREAD = 2**18  # likewise for each thread of a CPU: what its cache holds
 LEAST_ROWS = 64  # of fewer a matmul adds up in another order than of the whole matrix
 # Each of these makes the adapter more than W + scale * B @ A (with DoRA's magnitude), or changes its layout.
 UNSUPPORTED = (
@@ -66,7 +67,7 @@ class LowRank:
         """
         merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
         a = self.a.to(weight.device, torch.float32)
-        num_rows = max(LEAST_ROWS, BLOCK_ELEMENTS[weight.device.type] // weight.shape[1])
+        num_rows = max(LEAST_ROWS, _block_elements(weight.device) // weight.shape[1])
         for start in range(0, len(weight), num_rows):
             rows = slice(start, start + num_rows)
             b = self.b[rows].to(weight.device, torch.float32)
@@ -154,6 +155,10 @@ def _sort_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch
         for module, p in parts.items()
     }
     return Adapter(config, low_rank, replaced)
+
+
+def _block_elements(device: torch.device) -> int:
+    return BLOCK_ELEMENTS if device.type == "cuda" else ELEMENTS_A_THREAD * max(4, torch.get_num_threads())
 
 
 def _check_rank(folder: Path, config: dict[str, Any], module: str, rank: int) -> None:
