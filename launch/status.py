@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("runs")
 NARROW = 120  # columns; below, the nodes get no column of their own
+MOST_DETAILS = 5  # of runs of one state, below a table
 STATE_STYLE = {
     "running": "green",
     "done": "bold green",
@@ -152,8 +154,7 @@ def _print_overview(found: Sequence[RunStatus | SweepStatus]) -> None:
     for one in found:
         if isinstance(one, SweepStatus):
             console.print(f"[dim]{escape(_name(one.folder))}[/]: a sweep, {_counted(one)}")
-        else:
-            _print_notes(console, one, show_nodes=not is_wide)
+    _print_notes(console, [one for one in found if not isinstance(one, SweepStatus)], show_nodes=not is_wide)
     _print_trouble(console, [run for one in found for run in (one.runs if isinstance(one, SweepStatus) else [one])])
 
 
@@ -169,8 +170,7 @@ def _print_sweep(sweep: SweepStatus) -> None:
         fields = [str(values.get(field, "")) for field in sweep.fields]
         table.add_row(*as_texts(fields), _state(run), step, loss, validation, best, speed, left, hours)
     console.print(table)
-    for run in sweep.runs:
-        _print_notes(console, run, show_nodes=False)
+    _print_notes(console, sweep.runs, show_nodes=False)
     _print_trouble(console, sweep.runs)
 
 
@@ -267,15 +267,23 @@ def _attempts(run: RunStatus) -> Any:
     return table
 
 
-def _print_notes(console: Console, run: RunStatus, show_nodes: bool) -> None:
-    """What does not fit into the run's row."""
+def _print_notes(console: Console, runs: Sequence[RunStatus], show_nodes: bool) -> None:
+    """What does not fit into the runs' rows; of many alike, the first few."""
     from rich.text import Text
 
-    notes = [(run.detail, "")] if run.detail and run.state != "done" else []
-    if show_nodes and run.nodes and run.state == "running":
-        notes.append((f"on {run.nodes}", ""))
-    for text, style in [*notes, *((warning, ATTENTION) for warning in run.warnings)]:
-        console.print(Text.assemble((_name(run.run_dir), "dim"), ": ", (text, style)))
+    detailed: Counter[str] = Counter()
+    for run in runs:
+        notes: list[tuple[str, str]] = []
+        if run.detail and run.state != "done":
+            detailed[run.state] += 1
+            notes += [(run.detail, "")] if detailed[run.state] <= MOST_DETAILS else []
+        if show_nodes and run.nodes and run.state == "running":
+            notes.append((f"on {run.nodes}", ""))
+        for text, style in [*notes, *((warning, ATTENTION) for warning in run.warnings)]:
+            console.print(Text.assemble((_name(run.run_dir), "dim"), ": ", (text, style)))
+    for state, number in detailed.items():
+        if number > MOST_DETAILS:
+            console.print(Text(f"and {number - MOST_DETAILS} more {state}: packtrain status RUN_DIR says why", "dim"))
 
 
 def _print_trouble(console: Console, runs: Sequence[RunStatus]) -> None:
