@@ -14,7 +14,6 @@ from launch.tables import as_texts, new_console, new_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slurm.queue import JobState
     from slurm.status import RunStatus, SweepStatus
 
 ROOT = Path("runs")
@@ -220,27 +219,16 @@ def _facts(run: RunStatus) -> dict[str, str]:
     if job:
         limit = f" of {duration(job.time_limit * 60)}" if job.time_limit else ""
         ran = f" for {duration(job.elapsed)}{limit}" if job.elapsed else ""
-        state = _job_state(job)
-        facts["job"] = f"{job.job_id} {state}{ran}, submitted {clock(float(submission.get('submitted', 0)))}"
+        facts["job"] = f"{job.job_id} {job.text}{ran}, submitted {clock(float(submission.get('submitted', 0)))}"
         where = run.nodes or f"{submission.get('nodes')}"
         facts["nodes"] = f"{where}, {submission.get('gpus_per_node')} GPUs each"
         facts["restarts"] = f"{run.history.restarts} of at most {submission.get('max_restarts')}"
         facts["GPU-hours"] = f"{run.gpu_hours:.2f}"
     for follower in run.then:
-        waits = f" ({follower.job.reason})" if follower.job.is_waiting and follower.job.reason else ""
-        log = f", log {follower.log}" if os.path.exists(follower.log) else ""
-        facts[f"then {follower.command}"] = f"job {follower.job.job_id} {_job_state(follower.job)}{waits}{log}"
+        facts[f"then {follower.command}"] = follower.text
     if run.blamed:
         facts["at fault"] = ", ".join(f"{node} ({times}x)" for node, times in run.blamed.items())
     return facts
-
-
-def _job_state(job: JobState) -> str:
-    from slurm.queue import UNKNOWN
-
-    if job.state != UNKNOWN:
-        return job.state
-    return f"({job.reason})" if job.answered else "(unknown)"
 
 
 def _attempts(run: RunStatus) -> Any:

@@ -89,7 +89,17 @@ def _load(
         if twice := overrides.keys() & variation.values.keys():
             raise UserError(f"--{twice.pop()}", "given once, and varied by --array", fix="keep one of them")
     values: list[dict[str, str]] = [variation.values for variation in variations] or [{}]
-    return [load_recipe(recipe, overrides | one, profile) for one in values]
+    configs = [load_recipe(recipe, overrides | one, profile) for one in values]
+    _check_all_differ(configs, variations)
+    return configs
+
+
+def _check_all_differ(configs: list[RunConfig], variations: list[Variation]) -> None:
+    """1e-4 and 0.0001 are one value, however it is written."""
+    names: dict[str, str] = {}
+    for config, variation in zip(configs, variations, strict=False):
+        if (same := names.setdefault(config.model_dump_json(), variation.name)) != variation.name:
+            raise UserError("--array", f"{same} and {variation.name} are one and the same run", fix="keep one of them")
 
 
 def _cost(found: Plan) -> str:

@@ -65,6 +65,13 @@ class History:
         return max(0, self.num_recent - 1)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A run was cancelled; `now`: without saving."""
+
+    now: bool
+
+
 def read_job(run_dir: Path) -> dict[str, Any]:
     """``job.json``; empty where the run was not submitted, or something else has written in it."""
     job = _read_dict(RunDir(run_dir).job)
@@ -138,9 +145,10 @@ def read_blamed(run_dir: Path) -> dict[str, int]:
     return dict(Counter(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def is_cancelled(run_dir: Path) -> bool:
-    """Whether the mark is there."""
-    return (run_dir / CANCELLED).exists()
+def read_mark(run_dir: Path) -> Mark | None:
+    """The mark of `packtrain cancel`, where it is there."""
+    path = run_dir / CANCELLED
+    return Mark(now=_read_dict(path).get("now") is True) if path.exists() else None
 
 
 def is_run(folder: Path) -> bool:

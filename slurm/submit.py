@@ -18,10 +18,10 @@ from typing import Any
 from submitit import Job, SlurmExecutor
 
 from slurm.checks import GPUS_USED, check_home, check_request, check_strategy, check_then
-from slurm.cluster import SlurmError, SlurmMissing, read_cluster
+from slurm.cluster import SlurmError, SlurmMissing, cluster_name, read_cluster
 from slurm.history import ATTEMPTS, BLAMED, CANCELLED, SWEEP, read_job, read_sweep
 from slurm.job import run_command, run_task
-from slurm.queue import job_states
+from slurm.jobs import ask
 from slurm.script import command_script, script_text, training_script
 from slurm.snapshot import (
     check_not_submitting,
@@ -86,10 +86,12 @@ class Submitted:
 
     Attributes:
         job_id: of the run; of an array such as ``12_3``.
+        cluster: that it was submitted on; empty where SLURM does not tell.
         then: ``{"command": ..., "job_id": ...}`` for each command that follows.
     """
 
     job_id: str
+    cluster: str
     name: str
     submission: str
     submitted: float
@@ -170,7 +172,8 @@ def ask_sbatch(script: str) -> str:
             raise SlurmError(command, None, "") from error
     said = " ".join(found.stderr.split()).replace("sbatch: ", "")
     if found.returncode:
-        raise UserError("slurm", f"SLURM would refuse the job: {said}", fix="correct the recipe's slurm section")
+        fix = "correct the slurm section of the recipe, or the cluster's profile"
+        raise UserError("slurm", f"SLURM would refuse the job: {said}", fix=fix)
     return said
 
 
@@ -198,7 +201,7 @@ def _submit(plan: Plan, submission: Path) -> list[Submitted]:
         _start_afresh(RunDir(run_dir))
     if plan.variations:
         _note_sweep(plan.home, plan.variations)
-    slurm = plan.slurm
+    slurm, cluster = plan.slurm, cluster_name()
     queued: list[str] = []
     with _cancelled_if_interrupted(queued):
         jobs = _queue(plan.executor, run_task, [(str(run_dir),) for run_dir in plan.run_dirs])
@@ -206,6 +209,7 @@ def _submit(plan: Plan, submission: Path) -> list[Submitted]:
         told = [
             Submitted(
                 job_id=job.job_id,
+                cluster=cluster,
                 name=plan.name,
                 submission=str(submission),
                 submitted=time.time(),
@@ -270,9 +274,8 @@ def _cancelled_if_interrupted(queued: list[str]) -> Iterator[None]:
 
 def _not_queued(run_dirs: Sequence[Path]) -> list[int]:
     """Which runs SLURM does not have, waiting or running."""
-    jobs = {index: read_job(run_dir).get("job_id") for index, run_dir in enumerate(run_dirs)}
-    states = job_states([job_id for job_id in jobs.values() if job_id])
-    return [index for index, job_id in jobs.items() if not (job_id and states[job_id].is_alive)]
+    answer, jobs = ask(run_dirs), [read_job(run_dir) for run_dir in run_dirs]
+    return [index for index, job in enumerate(jobs) if not (job and answer.of(job, job["job_id"]).is_alive)]
 
 
 def _note_sweep(home: Path, variations: Sequence[Variation]) -> None:

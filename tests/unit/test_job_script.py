@@ -198,6 +198,39 @@ def test_a_profiles_errors_name_its_lines(tmp_path: Path, toy_recipe_file: Calla
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the file is empty\n  allowed: a section with partition, account, "),
+        ("- a100\n", ":1: found a list\n  allowed: a section with partition, account, "),
+        (None, "no such file\n  fix: name a cluster's profile"),
+        ("nodes: 8.5\nnodes: 8\n", "2 errors\n"),
+    ],
+)
+def test_a_profile_that_is_none_is_not_called_a_recipe(
+    text: str | None, said: str, tmp_path: Path, toy_recipe_file: Callable[..., Path]
+) -> None:
+    profile = tmp_path / "cluster.yaml"
+    if text is not None:
+        profile.write_text(text)
+    for load in (lambda: load_recipe(toy_recipe_file(), {}, profile), lambda: load_profile(profile)):
+        with pytest.raises(UserError) as caught:
+            load()
+        heading = str(caught.value).splitlines()[0]
+        assert str(profile) in heading and said in str(caught.value)
+        assert "a recipe" not in str(caught.value) and "optim" not in str(caught.value)
+
+
+def test_a_number_for_a_variable_wants_quotes(toy_recipe_file: Callable[..., Path]) -> None:
+    recipe = toy_recipe_file()
+    with open(recipe, "a", encoding="utf-8") as file:
+        file.write('slurm: {env: {A: 8, B: "9"}}\n')
+    with pytest.raises(UserError, match=r'slurm\.env\.A: found 8\n  allowed: text\n  fix: put it in quotes: "8"'):
+        load_recipe(recipe)
+    slurm = load_recipe(recipe, {"slurm.env.A": "8", "slurm.sbatch.nice": "100"}).slurm
+    assert slurm.env == {"A": "8", "B": "9"} and slurm.sbatch == {"nice": 100}
+
+
+@pytest.mark.parametrize(
     "section",
     [
         {"time": "04:00:00\n#SBATCH --uid=0"},

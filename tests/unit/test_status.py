@@ -245,6 +245,33 @@ def test_a_controller_that_is_down_is_told(
     assert run["state"] == "requeued" and "Unable to contact slurm controller" in run["job"]["reason"]
 
 
+def test_a_job_of_another_cluster_is_not_taken_for_one_of_here(
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.add("scontrol", "Configuration data as of now\nClusterName             = here\n")
+    job(commands, RUNNING, {"JobArrayID": "13", "State": "FAILED"})
+    made: dict[str, Any] = {"attempts": FIRST, "then": [("merge", "13")], "cluster": "there"}
+    running = make_run(tmp_path / "running", state="running", steps=20, **made)
+    failed = make_run(tmp_path / "failed", state="failed", reason="NaN", **made)
+    new = make_run(tmp_path / "new", cluster="there")
+    gone = make_run(tmp_path / "gone", "999", state="running", attempts=FIRST, cluster="there")
+    own = make_run(tmp_path / "own", attempts=FIRST, cluster="here")
+    found = ask(capsys, running, failed, new, gone, own)["runs"]
+    assert [(run["state"], run["detail"]) for run in found] == [
+        ("running", "by the run dir alone"),
+        ("failed", "NaN"),
+        ("unknown", "by the run dir alone"),
+        ("running", "by the run dir alone"),
+        ("starting", ""),
+    ]
+    assert found[0]["warnings"] == [] and found[0]["step"] == 20
+    assert len(commands.calls("scontrol")) == 1
+    for folders in ([gone], [running, gone, own]):
+        assert cli.main(["status", *map(str, folders)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("! SLURM cannot be asked: submitted on cluster there, and this host's is here") == 1
+
+
 def test_a_local_run(commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for said, state in {"running": "running", "preempted": "stopped", "done": "done", "failed": "failed"}.items():
         run = ask_run(capsys, make_run(tmp_path / said, None, state=said, steps=5))
