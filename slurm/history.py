@@ -1,7 +1,7 @@
 """What submissions and their jobs leave in a run dir, read back. Imports no torch.
 
 job.json          the newest submission
-attempts.jsonl    a line at each submission, and at start and end of each of the job's starts
+attempts.jsonl    a line at each submission, at start and end of each of the job's starts, at the end of what follows
 blamed            a host a line, each time it was at fault
 cancelled         mark of `packtrain cancel`: no start and no requeue passes it
 sweep.json        in the folder of a sweep: what is varied, and its runs
@@ -112,6 +112,17 @@ def read_history(run_dir: Path) -> History:
             elif event == "end" and attempts and _is_end_of(record, attempts[-1]):
                 attempts[-1] = _ended(attempts[-1], record)
     return History(attempts, len(attempts) - num_before)
+
+
+def read_followed(run_dir: Path) -> set[str]:
+    """Commands that have followed the run's newest start, and succeeded."""
+    found: set[str] = set()
+    for record in _read_lines(run_dir / ATTEMPTS):
+        if record.get("event") == "start":
+            found = set()
+        elif record.get("event") == "followed" and record.get("status") == 0:
+            found.add(str(record.get("command")))
+    return found
 
 
 def _start(record: dict[str, Any]) -> Attempt:

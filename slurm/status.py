@@ -185,7 +185,7 @@ def read_run(run_dir: Path, answer: Answer, now: float) -> RunStatus:
             Follower(
                 str(follower.get("command")),
                 answer.of(submission, str(follower["job_id"])),
-                str(Path(str(submission.get("submission"))) / "script" / f"{follower['job_id']}_0_log.out"),
+                str(follower.get("log", "")),
             )
             for follower in submission.get("then", [])
         ],

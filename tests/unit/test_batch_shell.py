@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from slurm.history import read_followed
+
 BATCH = Path(__file__).parents[2] / "slurm" / "batch.sh"
 SCONTROL = """#!/bin/bash
 echo "$*" >> {calls}
@@ -270,3 +272,15 @@ def test_a_cluster_that_does_not_requeue(job: Job) -> None:
     assert job.state["state"] == "failed"
     assert "can not be requeued" in job.state["reason"]
     assert job.ends[-1]["action"] == "give up"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_what_follows_notes_how_it_ended(job: Job, status: int) -> None:
+    lines = [f"SUBMISSION={shlex.quote(str(job.submission))}", f"source {BATCH}", "check_not_cancelled"]
+    environ = os.environ | {"SLURM_ARRAY_TASK_ID": "1"}
+    script = "\n".join([*lines, f"(exit {status})", "followed merge $?"])
+    assert subprocess.run(["bash", "-c", script], env=environ, timeout=60).returncode == status
+    assert read_followed(job.run) == ({"merge"} if status == 0 else set())
+    with open(job.run / "attempts.jsonl", "a") as file:
+        file.write('{"event":"start","time":1}\n')
+    assert read_followed(job.run) == set()  # trained again, it is to be merged again

@@ -125,14 +125,16 @@ def test_caches_are_the_submitters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "export PACKTRAIN_CACHE='/shared/cache of us'\n" in script_text(training_script(SLURM, "run", HERE))
 
 
-@pytest.mark.parametrize(("num_gpus", "partition"), [(0, "partition=cpu"), (1, "partition=gpu")])
-def test_what_follows_waits_for_success(num_gpus: int, partition: str) -> None:
+@pytest.mark.parametrize(("command", "partition"), [("merge", "partition=cpu"), ("evaluate", "partition=gpu")])
+def test_what_follows_waits_for_success(command: str, partition: str) -> None:
     slurm = SLURM.model_copy(update={"cpu_partition": "cpu"})
-    text = script_text(command_script(slurm, "run-merge", HERE, num_gpus, "12", 1))
+    text = script_text(command_script(slurm, "run", command, HERE, "12", 1))
     for line in (partition, "dependency=afterok:12", "kill-on-invalid-dep=yes", "nodes=1", "ntasks-per-node=1"):
         assert f"#SBATCH --{line}\n" in text
-    assert ("gpus-per-node=a100:1" in text) == bool(num_gpus)
-    assert "aftercorr:12" in script_text(command_script(slurm, "run-merge", HERE, num_gpus, "12", 4))
+    assert ("gpus-per-node=a100:1" in text) == (command == "evaluate")
+    assert f"#SBATCH --job-name=packtrain-run-{command}\n" in text and text.endswith(f"\nfollowed {command} $?")
+    assert "dependency" not in script_text(command_script(slurm, "run", command, HERE, None, 1))
+    assert "aftercorr:12" in script_text(command_script(slurm, "run", command, HERE, "12", 4))
 
 
 def test_the_scripts_shell_is_valid(tmp_path: Path) -> None:
