@@ -54,7 +54,7 @@ def cancel(folder: Path, now: bool = False, seconds: float = SECONDS_TO_SEE) -> 
     """Cancels a run, or all runs of a sweep that are not over.
 
     Args:
-        now: without saving a checkpoint.
+        now: without waiting for a checkpoint; what SLURM leaves the tasks (KillWait) may do for one.
         seconds: to wait for the end.
 
     Raises:

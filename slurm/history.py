@@ -67,7 +67,7 @@ class History:
 
 @dataclass(frozen=True)
 class Mark:
-    """A run was cancelled; `now`: without saving."""
+    """A run was cancelled; `now`: without waiting for a checkpoint."""
 
     now: bool
 
