@@ -53,7 +53,7 @@ from trainer.probe import Choice, choose_micro_batch
 from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
 from trainer.record import meeting, recorded, watched
-from trainer.resume import check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
+from trainer.resume import check_data, check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy, needs_group
@@ -63,11 +63,14 @@ logger = logging.getLogger(__name__)
 ALONE = World()
 
 
-def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
+def train(config: RunConfig, run_dir: Path, world: World = ALONE, data: str | None = None) -> None:
     """Trains, exports and verifies; continues where the run dir's newest intact checkpoint left off.
 
     Everything the user may have got wrong is looked at before the run dir is touched. Every process of the run calls
     this; they train together, and what follows (export) rank 0 does alone.
+
+    Args:
+        data: fingerprint that the data have to have; None: any.
 
     Raises:
         UserError: recipe, data or model cannot be used; the run dir is as it was.
@@ -83,7 +86,7 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
                 started = start_processes(world, needs_group(config), config.train.device)
                 processes = together.enter_context(started)
             watchdog = together.enter_context(watched(run, processes, stop))
-            tokenizer = _train_together(config, run, processes, stop, watchdog, at_end)
+            tokenizer = _train_together(config, run, processes, data, stop, watchdog, at_end)
         if world.rank == 0:
             _free_memory()
             export_result(config, run, tokenizer, stop)
@@ -93,6 +96,7 @@ def _train_together(
     config: RunConfig,
     run: RunDir,
     processes: Processes,
+    data: str | None,
     stop: StopRequest,
     watchdog: Watchdog,
     at_end: contextlib.ExitStack,
@@ -114,6 +118,7 @@ def _train_together(
         for name, report in splits.reports.items():
             log_report(name, report)
     check_same_everywhere(processes, {"recipe": dump_recipe(config), "data": splits.fingerprint})
+    check_data(splits.fingerprint, data)
     with watchdog.alone("fetching and building the model"):
         built = build_model(config, processes.device)
     check_stop()
