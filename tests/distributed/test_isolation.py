@@ -130,6 +130,22 @@ def test_one_faulty_rank_ends_all(world_size: int, pool: Pools, toy_recipe: Any)
     assert all("rank 1" in text and "see each other" in text for text in said)
 
 
+def said_of_broken_weights(processes: Processes, config: RunConfig) -> str:
+    """Where nothing is a number, nothing can be seen to move."""
+    strategy = build(processes, config)
+    with torch.no_grad():
+        strategy.module.causal_lm.model.norm.weight.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(PacktrainError) as caught:
+        check_isolation(strategy)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [1])
+def test_refuses_what_it_cannot_measure(world_size: int, pool: Pools, toy_recipe: Any) -> None:
+    (said,) = pool(1).run(said_of_broken_weights, toy_recipe(strategy={"kind": "single"}))
+    assert "not finite" in said and "fix: " in said
+
+
 PACKS = make_packs(12)
 SAMPLER = GlobalBatchSampler(len(PACKS), packs_per_step=4, epochs=1, seed=3)
 
