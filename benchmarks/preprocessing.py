@@ -14,7 +14,23 @@ waiting for the disk does not count. A ratio is TRL's seconds over packtrain's.
   messages with ``assistant_only_loss``, and from prompts and completions as plain texts, rendered beforehand.
 - ``packing``: of tokenised rows. TRL's ``pack_dataset(strategy="bfd")`` is measured by thousands of rows, as
   `SFTTrainer` calls it, and over all rows at once. It copies tokens and labels; packtrain writes which row lies where,
-  and copies a pack when it is trained on.
+  and copies a pack when it is trained on. Copying is less than a third of TRL's time.
+
+On one core of a shared 2-core host, Llama-2's tokenizer, 999 rows of Alpaca drawn from, TRL 1.16, transformers 5.23:
+
+====================  =========  ==========  =============  ==========
+.                     packtrain  with marks  TRL, messages  TRL, texts
+====================  =========  ==========  =============  ==========
+20,000 rows to packs  12.1 s     22.0 s      14.4 s         15.5 s
+their fill            99.88%     99.88%      99.02%         99.12%
+====================  =========  ==========  =============  ==========
+
+======================  ===============  =================  ==============
+.                       packtrain        TRL, by thousands  TRL, at once
+======================  ===============  =================  ==============
+packing 200,000 rows    0.018 s, 99.93%  4.6 s, 98.94%      5.5 s, 99.93%
+packing 1,000,000 rows  0.042 s, 99.94%  23.9 s, 98.96%     29.9 s, 99.94%
+======================  ===============  =================  ==============
 """
 
 from __future__ import annotations
