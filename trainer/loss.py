@@ -91,16 +91,26 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.compute_dtype = compute_dtype
 
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, inside a PeftModel or not."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Summed cross entropy of the batch's trained tokens, a float32 scalar."""
-        causal_lm: Any = self.model
-        if hasattr(causal_lm, "get_base_model"):
-            causal_lm = causal_lm.get_base_model()
+        hidden = self.hidden_states(batch).index_select(0, batch.trained_positions).to(self.compute_dtype)
+        targets = batch.labels[0].index_select(0, batch.trained_positions + 1)
+        return linear_cross_entropy(hidden, head_weight(self.causal_lm), targets)
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """What the head projects, ``[tokens, hidden_size]``."""
+        causal_lm = self.causal_lm
         device_type = batch.input_ids.device.type
         with torch.autocast(device_type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             # In the matmuls' dtype whatever the table rests in, or the residual stream's would depend on the strategy.
             embeddings = causal_lm.get_input_embeddings()(batch.input_ids).to(self.compute_dtype)
-            hidden = causal_lm.model(
+            return causal_lm.model(
                 inputs_embeds=embeddings,
                 position_ids=batch.position_ids,
                 use_cache=False,
@@ -109,9 +119,6 @@ class PackedCausalLM(nn.Module):
                 max_length_q=batch.max_seqlen,
                 max_length_k=batch.max_seqlen,
             )[0][0]
-        hidden = hidden.index_select(0, batch.trained_positions).to(self.compute_dtype)
-        targets = batch.labels[0].index_select(0, batch.trained_positions + 1)
-        return linear_cross_entropy(hidden, head_weight(causal_lm), targets)
 
 
 def head_weight(causal_lm: Any) -> torch.Tensor:

@@ -29,6 +29,7 @@ from trainer.errors import Preempted, UserError
 from trainer.export.result import export_result, finish_adapter, finish_full
 from trainer.generate import answer_samples
 from trainer.host_checks import check_hosts, versions
+from trainer.isolation import check_isolation
 from trainer.launchers import World
 from trainer.loop import LoopState, TrainLoop
 from trainer.loss import PackedCausalLM
@@ -144,6 +145,8 @@ def _train_together(
     stop.hold_interrupts()
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
+    watchdog.mark(0, "checking that packed documents do not see each other")
+    check_isolation(strategy)
     _fit(config, run, tokenizer, splits, built.model, num_trained, strategy, identity, stop, watchdog)
     return tokenizer
 

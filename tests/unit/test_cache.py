@@ -82,6 +82,7 @@ def test_packs_know_their_lengths_without_their_tokens(
 ) -> None:
     packs = load_splits(toy_recipe(), toy_tokenizer).train
     assert packs.lengths().tolist() == [sum(len(ids) for ids, _ in pack) for pack in packs]
+    assert packs.costs().tolist() == [sum(len(ids) ** 2 + 65536 * len(ids) for ids, _ in pack) for pack in packs]
 
 
 def test_without_packing_each_row_is_a_pack(

@@ -31,6 +31,7 @@ from blake3 import blake3
 
 from trainer.checkpoint.layout import sync
 from trainer.data.packing import Packs
+from trainer.data.sampler import document_cost
 from trainer.data.types import TokenizedRow
 
 log = logging.getLogger(__name__)
@@ -246,6 +247,10 @@ class ArrowPacks:
     def lengths(self) -> np.ndarray:
         """Tokens of each pack, int64 ``[packs]``; reads no token."""
         return np.add.reduceat(self.rows.lengths()[self._indices], self._offsets[:-1])
+
+    def costs(self) -> np.ndarray:
+        """`document_cost` of each pack, int64 ``[packs]``; reads no token."""
+        return np.add.reduceat(document_cost(self.rows.lengths())[self._indices], self._offsets[:-1])
 
 
 def fingerprint(folders: Sequence[Path]) -> str:

@@ -67,7 +67,8 @@ class Strategy(ABC):
 
     Attributes:
         name: as `strategy.kind` has it.
-        module: root module; ``module(batch)`` returns the summed loss of a `PackedBatch`.
+        module: root module, a `trainer.loss.PackedCausalLM`; ``module(batch)`` returns the summed loss of a
+            `PackedBatch`.
         device: where batches are wanted.
         processes: this process among the others.
     """
