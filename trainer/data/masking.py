@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.config import DataConfig
 from trainer.data.formats import TEXT_ROLE, TOOL_CALLS
@@ -245,7 +246,7 @@ class _Labeller:
         ids = encoding.ids
         self._check_bos(ids)
         spans = [_tokens_of(encoding, draft.text, answer.chars) for answer in draft.answers]
-        found = self._spans_by_marks(draft, ids) if self._marked else self._spans_by_prefix(draft, ids)
+        found = self._spans_by_marks(draft, encoding) if self._marked else self._spans_by_prefix(draft, ids)
         if spans != found:
             raise Rejected(DISAGREE)
         if self._data.train_on == "all":
@@ -297,21 +298,26 @@ class _Labeller:
     def _is_blank(self, ids: list[int]) -> bool:
         return not ids or not str(self._tokenizer.decode(ids)).strip()
 
-    def _spans_by_marks(self, draft: _Draft, ids: list[int]) -> list[Span]:
+    def _spans_by_marks(self, draft: _Draft, encoding: Encoding) -> list[Span]:
         """Tokens that the template's ``{% generation %}`` marks say the assistant wrote."""
         messages = draft.example.messages
-        marked: Any = self._tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "train"} for message in messages],
+        rendered: Any = render_jinja_template(
+            [[{key: value for key, value in message.items() if key != "train"} for message in messages]],
             tools=list(draft.example.tools) or None,
             chat_template=self._template.text,
-            return_dict=True,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+            **self._tokenizer.special_tokens_map,
         )
-        if list(marked["input_ids"]) != ids:
+        texts, marks = rendered  # for one conversation, each in a list
+        if texts[0] != draft.text:
             raise Rejected(DISAGREE)
-        mask = [0, *marked["assistant_masks"], 0]
-        edges = [i for i, (left, right) in enumerate(pairwise(mask)) if left != right]
+        mask = [0] * len(encoding.ids)
+        for start, end in marks[0]:
+            first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+            if first is None or last is None:
+                raise Rejected(DISAGREE)
+            mask[first : last + 1] = [1] * (last + 1 - first)
+        edges = [i for i, (left, right) in enumerate(pairwise([0, *mask, 0])) if left != right]
         runs = list(zip(edges[::2], edges[1::2], strict=True))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(runs) != len(answers):
