@@ -19,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -105,9 +105,10 @@ def build_labels(
     """
     drafter = _Drafter(template, tokenizer, data.train_on)
     drafts = [_attempt(example, drafter.draft, example) for example in examples]
-    texts = [text for draft in drafts if isinstance(draft, _Draft) for text in _texts_of(draft)]
+    marked = bool(template.text and GENERATION_MARK.search(template.text))
+    texts = [text for draft in drafts if isinstance(draft, _Draft) for text in _texts_of(draft, marked)]
     encodings = _encode(tokenizer, list(dict.fromkeys(texts)))
-    labeller = _Labeller(template, tokenizer, data, encodings)
+    labeller = _Labeller(template, tokenizer, data, encodings, marked)
     return [_attempt(draft.example, labeller.label, draft) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
@@ -221,8 +222,10 @@ def _choose_messages(messages: Sequence[dict[str, Any]], train_on: str) -> tuple
     return [i for i in chosen if i not in silent], []
 
 
-def _texts_of(draft: _Draft) -> list[str]:
-    return [draft.text, *(text for answer in draft.answers for text in (answer.prompt, answer.whole))]
+def _texts_of(draft: _Draft, marked: bool) -> list[str]:
+    """What has to be tokenised; where the template marks the answers no prompt is compared."""
+    compared = [] if marked else [text for answer in draft.answers for text in (answer.prompt, answer.whole)]
+    return [draft.text, *compared]
 
 
 class _Labeller:
@@ -234,12 +237,13 @@ class _Labeller:
         tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
         encodings: dict[str, Encoding],
+        marked: bool,
     ) -> None:
         self._template, self._tokenizer, self._data, self._encodings = template, tokenizer, data, encodings
         self._stops = set(stop_candidates(tokenizer))
         self._bos = tokenizer.bos_token_id
         self._adds_bos = adds_bos(tokenizer)
-        self._marked = bool(template.text and GENERATION_MARK.search(template.text))
+        self._marked = marked
 
     def label(self, draft: _Draft) -> TokenizedRow:
         encoding = self._encodings[draft.text]
@@ -306,7 +310,7 @@ class _Labeller:
             tools=list(draft.example.tools) or None,
             chat_template=self._template.text,
             return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
+            **cast(dict[str, Any], self._tokenizer.special_tokens_map),
         )
         texts, marks = rendered  # for one conversation, each in a list
         if texts[0] != draft.text:
