@@ -341,7 +341,7 @@ class RunConfig(Part):
                 "quantization needs an adapter, as quantised weights cannot be trained. Add adapter: {method: lora}"
             )
         if self.quantization and self.quantization.type == "int8" and self.quantization.double_quant:
-            broken.append("quantization.double_quant is for nf4 and fp4; int8 has one scale a row. Leave it out")
+            broken.append("quantization.double_quant is for nf4 and fp4; int8 has one scale a row. Set it to false")
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             broken.append("schedule.name: plateau follows the validation loss. Set eval.every_steps")
         if self.eval.early_stopping and self.eval.every_steps is None:

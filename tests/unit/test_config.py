@@ -51,7 +51,10 @@ def test_scales_are_quantised_too_where_that_can_be(quantization: dict[str, Any]
 @pytest.mark.parametrize(
     ("sections", "text"),
     [
-        ({"adapter": {}, "quantization": {"type": "int8", "double_quant": True}}, "int8 has one scale a row. Leave it"),
+        (
+            {"adapter": {}, "quantization": {"type": "int8", "double_quant": True}},
+            "int8 has one scale a row. Set it",
+        ),
         ({"quantization": {}}, "quantization needs an adapter"),
         ({"schedule": {"name": "plateau"}}, "schedule.name: plateau follows the validation loss"),
         ({"eval": {"early_stopping": {}}}, "eval.early_stopping follows the validation loss"),
