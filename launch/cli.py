@@ -21,7 +21,7 @@ COMMANDS = {  # name -> where its function is, and its line in the list of comma
     "logs": ("launch.logs:logs", "Show what a run prints; -f follows it across restarts."),
     "cancel": ("launch.cancel:cancel", "Have a submitted run save a checkpoint and stop for good."),
     "merge": ("launch.export:merge", "Merge a run's adapter into its base."),
-    "evaluate": ("launch.inference:evaluate", "Loss, perplexity and exact match on a split."),
+    "evaluate": ("launch.evaluate:evaluate", "Loss, accuracy and exact match of models on a split, in one table."),
     "verify": ("launch.export:verify", "Prove that a merged model is the one that was trained."),
     "generate": ("launch.inference:generate", "Answer prompts."),
     "chat": ("launch.inference:chat", "Talk with a model."),

@@ -38,7 +38,7 @@ from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights, set_recompute
-from trainer.model.nf4 import fingerprint
+from trainer.model.quantized import fingerprint
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.preemption import StopRequest

@@ -17,7 +17,7 @@ from trainer.data.sampler import GlobalBatchSampler, Pack, collate, deal, docume
 from trainer.data.types import IGNORE_INDEX
 from trainer.loss import PackedCausalLM
 from trainer.model.load import build_model, load_weights, set_recompute
-from trainer.model.nf4 import fingerprint
+from trainer.model.quantized import fingerprint
 from trainer.optim import build_optimizer
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy

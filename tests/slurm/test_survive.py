@@ -24,7 +24,7 @@ def test_two_nodes_with_two_tasks_each_and_what_follows(
     states = {one["command"]: cluster.job(one["job_id"]) for one in run.job["then"]}
     assert [job["Partition"] for job in states.values()] == ["cpu", "cpu", "gpu"]
     assert (run.run.merged / "model.safetensors").exists()
-    assert json.loads((run.path / "evaluation.json").read_text())["loss"] > 0
+    assert json.loads((run.path / "evaluation.json").read_text())[0]["loss"] > 0
 
 
 def test_time_limit(cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
