@@ -21,7 +21,7 @@ On one core of a shared 2-core host, Llama-2's tokenizer, 999 rows of Alpaca dra
 ====================  =========  ==========  =============  ==========
 .                     packtrain  with marks  TRL, messages  TRL, texts
 ====================  =========  ==========  =============  ==========
-20,000 rows to packs  12.1 s     22.0 s      14.4 s         15.5 s
+20,000 rows to packs  12.6 s     12.5 s      13.6 s         14.6 s
 their fill            99.88%     99.88%      99.02%         99.12%
 ====================  =========  ==========  =============  ==========
 
