@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import RunConfig
-from trainer.data import prepare
+from trainer.data import conversion, prepare
 from trainer.data.cache import ABANDONED_SECONDS, cache_root, open_or_build
 from trainer.data.masking import build_labels, load_template
 from trainer.data.prepare import iter_split_examples, load_split_examples, load_splits
@@ -209,7 +209,7 @@ def test_a_pool_of_processes_gives_the_same_rows(
     config = toy_recipe(data=rows_of(path))
     alone = load_splits(config, toy_tokenizer)
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(prepare, "PARALLEL_ROWS", 1000)
+    monkeypatch.setattr(conversion, "PARALLEL_ROWS", 1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     pooled = load_splits(config, toy_tokenizer)
     assert any((tmp_path / "other").glob("*/meta.json"))
