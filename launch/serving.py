@@ -101,8 +101,8 @@ def _plan_adapter(result: Result, name: str) -> Served:
     folder = str(result.folder.resolve())
     tokenizer = ModelConfig(path=folder) if (result.folder / "tokenizer_config.json").exists() else base
     adapter = json.dumps({"name": name, "path": folder})  # NAME=PATH would not take a path with = or , in it
-    options = ["--served-model-name", f"{name}-base", "--dtype", result.config.model.dtype if result.config else ""]
-    options[-1] = options[-1] or _dtype(shape)
+    dtype = result.config.model.dtype if result.config else _dtype(shape)
+    options = ["--served-model-name", f"{name}-base", "--dtype", dtype]
     options += ["--revision", base.revision] if base.revision else []
     options += ["--tokenizer", folder] if tokenizer.path == folder else []
     options += ["--generation-config", folder] if (result.folder / "generation_config.json").exists() else []

@@ -311,6 +311,11 @@ class TestTellsWhatIsWrong:
         err = capsys.readouterr().err
         assert str(victim) in err and "packtrain merge" in err
 
+    def test_a_merged_model_without_its_hashes(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+        (run.merged / "manifest.json").unlink()
+        assert cli.main(["serve", str(run.path), "--print"]) == 1
+        assert "packtrain merge" in capsys.readouterr().err
+
     def test_a_merged_model_of_another_adapter(
         self, run: RunDir, tmp_path: Path, toy_recipe: Recipe, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -72,17 +72,16 @@ def find_finished(folder: Path) -> Result:
         UserError: nothing of the kind is there, the run is not done, or its merged model is of another adapter.
         PacktrainError: a file is not as its manifest says.
     """
+    is_merged = is_run(folder) and RunDir(folder).merged.is_dir()
     if is_run(folder):
-        run = RunDir(folder)
-        _check_done(run)
-        folder = run.merged if run.merged.is_dir() else folder
-    result = find_result(folder)
-    has_manifest = (result.folder / MANIFEST).exists()  # what other programs wrote has none
+        _check_done(RunDir(folder))
+    result = find_result(RunDir(folder).merged if is_merged else folder)
+    has_manifest = is_merged or (result.folder / MANIFEST).exists()  # what other programs wrote has none
     if has_manifest and (damage := find_damage(result.folder)):
-        fix = (
-            f"delete {result.folder}, and write it again: `packtrain merge` what was merged, `packtrain train` the rest"
-        )
-        raise PacktrainError(f"{damage}\n  fix: {fix}")
+        fix = "write it again: `packtrain merge` what was merged, `packtrain train` what a run ends with"
+        raise PacktrainError(f"{damage}\n  fix: delete {result.folder} and {fix}")
+    if is_merged:
+        _check_merged_from_own(RunDir(folder))
     return result
 
 
@@ -91,11 +90,12 @@ def _check_done(run: RunDir) -> None:
     if state != "done":
         fix = f"let `packtrain train` finish it, or `packtrain merge {run.path} --out DIR` what is saved, and name DIR"
         raise UserError(str(run.path), f"the run's state is {state}", "a run that is done", fix)
-    if not run.merged.is_dir():
-        return
+
+
+def _check_merged_from_own(run: RunDir) -> None:
     merged = read_manifest(run.merged).get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
     own = run.adapter / ADAPTER_WEIGHTS
-    if merged and own.exists() and hash_file(own) != merged:
+    if own.exists() and hash_file(own) != merged:
         fix = f"delete {run.merged} and `packtrain merge {run.path}`"
         raise UserError(str(run.merged), "merged from another adapter than the run has now", "the run's own", fix)
 
