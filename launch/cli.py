@@ -25,6 +25,8 @@ COMMANDS = {  # name -> where its function is, and its line in the list of comma
     "verify": ("launch.export:verify", "Prove that a merged model is the one that was trained."),
     "generate": ("launch.inference:generate", "Answer prompts."),
     "chat": ("launch.inference:chat", "Talk with a model."),
+    "serve": ("launch.serve:serve", "Serve a model by vLLM, proven to read prompts as in training."),
+    "push": ("launch.push:push", "Send an adapter or a model to the Hugging Face Hub, with its card."),
     "report": ("launch.report:report", "Write one offline HTML page about a run."),
     "doctor": ("launch.doctor:doctor", "Check this host, its environment and its cluster; say how to mend what fails."),
 }

@@ -134,7 +134,7 @@ def _train_together(
     logger.info("base in place after %.1f s", time.perf_counter() - started)
     watchdog.mark(0, "preparing to train")
     check_same_everywhere(processes, {"model.path": json.dumps(asdict(base))})
-    identity = {"base": asdict(base), "data": splits.fingerprint}
+    identity = {"base": asdict(base), "data": splits.fingerprint, "sources": splits.sources}
     check_identity(run, identity)
 
     with watchdog.alone("looking for the run dir"):

@@ -46,6 +46,7 @@ class Splits:
     Attributes:
         reports: what became of each split's rows, by its name.
         fingerprint: of all splits' tokens, labels and packs; a resumed run must find the same.
+        sources: blake3 of each source's whole content, by its place in the recipe, such as ``data.train[0]``.
     """
 
     train: ArrowPacks
@@ -53,6 +54,7 @@ class Splits:
     test: ArrowPacks | None
     reports: dict[str, DataReport]
     fingerprint: str
+    sources: dict[str, str]
 
     def items(self) -> Iterator[tuple[SplitName, ArrowPacks]]:
         """The splits there are, by name."""
@@ -89,7 +91,7 @@ def load_splits(
         reports = {name: DataReport(**counts[name], lengths=packs[name].rows.lengths().tolist()) for name in counts}
     except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors
         raise PacktrainError(f"{folder}: this data cache is damaged: {error}\n  fix: delete the folder") from error
-    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found)
+    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found, _hashes(data, parts))
 
 
 def load_split_examples(config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -139,6 +141,11 @@ def _check_target(data: DataConfig, template: Template, tokenizer: PreTrainedTok
                 "all",
                 "set `train_on: all`, or name the format of its conversations (templated if a template wrote them)",
             )
+
+
+def _hashes(data: DataConfig, parts: dict[SplitName, list[Part]]) -> dict[str, str]:
+    opened = {part.index: part.rows.content_hash for of_split in parts.values() for part in of_split}
+    return {where: opened[i] for i, (where, _) in enumerate(all_sources(data)) if i in opened}
 
 
 def _describe(

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checkpoint.layout import folder_appears_when_complete, hash_file, write_manifest
-from trainer.checkpoint.result import Result, find_result
+from trainer.checkpoint.result import Result, find_result, training_of
 from trainer.config import ModelConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.adapter import Adapter, read_adapter
@@ -99,8 +99,9 @@ def merge_adapter(
             num_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             seconds=round(time.monotonic() - started, 3),
         )
-        write_card(folder, result, report)
-        write_manifest(folder, merger.record())
+        record = merger.record()
+        write_manifest(folder, record)
+        write_card(folder, record, result.run_dir, report)
     return report
 
 
@@ -208,6 +209,7 @@ class Merger:
         local = Path(self.base.model.path).expanduser()
         model = self.base.model.model_dump(mode="json") | ({"path": str(local.resolve())} if local.exists() else {})
         return {
+            **training_of(self.result),
             "kind": "merged",
             "merged_onto": self.base_kind,
             "model": model,
