@@ -48,10 +48,6 @@ def check_then(config: RunConfig, then: Sequence[str]) -> None:
             raise UserError("--then", found, ", ".join(GPUS_USED))
     if "merge" in then and config.adapter is None:
         raise UserError("--then", "merge, and a full fine-tune is whole as it is", fix="leave merge out")
-    if "merge" in then and config.export.merge:
-        raise UserError(
-            "--then", "merge, and export.merge: true merges in the training's own job", fix="leave one of both out"
-        )
     if "verify" in then and "merge" not in then[: then.index("verify")] and not config.export.merge:
         raise UserError("--then", "verify, and nothing merges before it", fix="--then merge,verify")
 

@@ -103,6 +103,10 @@ class Submitted:
     then: list[dict[str, str]] = field(default_factory=list)
 
 
+def _without_merge(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"export": config.export.model_copy(update={"merge": False})})
+
+
 def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variation], then: Sequence[str]) -> Plan:
     """Looks at everything that needs neither data nor model, in a second or two and without torch.
 
@@ -120,6 +124,8 @@ def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variatio
         raise SlurmMissing("srun")
     check_home(home, is_sweep=bool(variations))
     check_then(configs[0], then)
+    if "merge" in then:  # in a job of its own, without the GPUs
+        configs = [_without_merge(config) for config in configs]
     slurm = configs[0].slurm
     check_request(slurm, read_cluster(), then)
     check_not_submitting(home)
@@ -127,8 +133,10 @@ def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variatio
     answer, jobs = ask(run_dirs), [read_job(run_dir) for run_dir in run_dirs]
     is_queued = [bool(job) and answer.of(job, job["job_id"]).is_alive for job in jobs]
     if not variations and is_queued[0]:
-        found = f"job {jobs[0]['job_id']} has this run"
-        raise UserError(str(home), found, fix="packtrain cancel ends it; packtrain status shows it")
+        found, fix = f"job {jobs[0]['job_id']} has this run", "packtrain cancel ends it; packtrain status shows it"
+        if (home / CANCELLED).exists():
+            found, fix = f"job {jobs[0]['job_id']} is being cancelled", "the same command again when it is gone"
+        raise UserError(str(home), found, fix=fix)
     is_done = [RunDir(run_dir).read_state().get("state") == "done" for run_dir in run_dirs]
     open_runs = [index for index in range(len(run_dirs)) if not (is_queued[index] or is_done[index])]
     done = [run_dir for index, run_dir in enumerate(run_dirs) if is_done[index] and not is_queued[index]]

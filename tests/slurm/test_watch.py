@@ -229,7 +229,7 @@ def test_cancel_of_a_job_that_waits(lab: Cluster, tmp_path: Path, capsys: pytest
     job = Job(lab, tmp_path / "run", *TWO_NODES, "--hold")
     assert status(job.path, capsys)["warnings"] == ["waits for ever: it is held: scontrol release"]
     assert cli.main(["cancel", str(job.path)]) == 0
-    assert "waited, and is cancelled; no checkpoint" in capsys.readouterr().out
+    assert "waited, and is cancelled; it has no checkpoint" in capsys.readouterr().out
     assert job.said()["state"] == "cancelled" and ask(job.job_id).state == "CANCELLED"
 
 

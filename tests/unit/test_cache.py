@@ -189,6 +189,17 @@ def test_a_template_that_no_row_survives_is_an_error(
     assert caught.value.where == "data" and "data.template" in caught.value.fix
 
 
+def test_a_source_of_which_nothing_is_left_is_an_error(
+    tmp_path: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    good, bad = write_rows(tmp_path / "good.jsonl", QUESTIONS), write_rows(tmp_path / "bad.jsonl", [("a", " ")] * 7)
+    data = rows_of(good)
+    data["train"].append({"path": str(bad), "format": "prompt_completion"})
+    with pytest.raises(UserError, match=r"all 7 rows of .*bad\.jsonl are refused: an answer is empty \(7\)") as caught:
+        load_splits(toy_recipe(data=data), toy_tokenizer)
+    assert caught.value.where == "data.train[1]"
+
+
 def test_plain_text_needs_train_on_all(
     tmp_path: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -105,7 +105,7 @@ def test_saving_takes_longer_than_the_wait(
     assert cli.main(["cancel", str(run_dir)]) == 0
     assert lab.calls == ["13", "--signal=TERM 12"]
     shown = capsys.readouterr().out
-    assert f"{run_dir}: job 12 saves a checkpoint and stops; and 1 job that would have followed\n" in shown
+    assert f"{run_dir}: job 12 saves a checkpoint and stops; cancelled what would have followed: job 13\n" in shown
     assert "--now does not wait for checkpoints" in shown
     assert state(run_dir) == "cancelling"
 
@@ -129,9 +129,8 @@ def test_a_waiting_job_and_what_follows_it_are_cancelled_at_once(
     assert cli.main(["cancel", str(run_dir)]) == 0
     assert lab.calls == ["13", "12"] and lab.marked_first
     said = capsys.readouterr().out
-    assert (
-        said == f"{run_dir}: job 12 waited, and is cancelled; step 300 is saved; and 1 job that would have followed\n"
-    )
+    followed = "cancelled what would have followed: job 13"
+    assert said == f"{run_dir}: job 12 waited, and is cancelled; step 300 is saved; {followed}\n"
     record = json.loads((run_dir / "state.json").read_text())
     assert (record["state"], record["step"], record["reason"]) == ("cancelled", 300, "packtrain cancel")
     assert state(run_dir) == "cancelled"
@@ -152,7 +151,7 @@ def test_now_does_not_wait_for_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
     lab.scancel(run_dir)
     assert cli.main(["cancel", str(run_dir), "--now"]) == 0
     assert lab.calls == ["12"] and lab.marked_first
-    assert capsys.readouterr().out == f"{run_dir}: job 12 is cancelled; no checkpoint\n"
+    assert capsys.readouterr().out == f"{run_dir}: job 12 is cancelled; it has no checkpoint\n"
     assert json.loads((run_dir / "state.json").read_text())["state"] == "cancelled"
 
 

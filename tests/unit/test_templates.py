@@ -173,6 +173,8 @@ def test_rows_are_the_same_on_every_day(llama3_like: PreTrainedTokenizerFast) ->
     for template in (dated, marked):
         row = kept(label_one(chat("q", "a"), load_template(template, llama3_like), llama3_like))
         assert str(llama3_like.decode(row.ids)).startswith("<s>26 Jul 2024 00:00:00")
+        exported = template_text(load_template(template, llama3_like))
+        assert exported is not None and "strftime_now" not in exported, "nor does what is served"
 
 
 @pytest.mark.parametrize("fault", ["{{ 1/0 }}", "{{ messages + 1 }}", "{% include 'x' %}", "{{ range(10**9) }}"])

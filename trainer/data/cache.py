@@ -191,6 +191,13 @@ class ArrowRows(Sequence[TokenizedRow]):
         batch, i = self._find(index)
         return batch.document(i)
 
+    def sources(self) -> dict[str, list[int]]:
+        """Indices of the rows of each data set."""
+        found: dict[str, list[int]] = {}
+        for index, (source, _) in enumerate(self.origins()):
+            found.setdefault(self._source_names[source], []).append(index)
+        return found
+
     def source(self, index: int) -> str:
         """Which data set a row came from."""
         batch, i = self._find(index)

@@ -196,24 +196,41 @@ def _build(
     with converting(template, tokenizer, data, sum(num_rows.values())) as convert, _progress(num_rows) as advance:
         for name, of_split in parts.items():
             report, num_read = DataReport(), num_rows[name]
-            dropped: Counter[str] = Counter()
             with RowWriter(folder / name) as writer:
                 tasks = (
                     (part.index, (part.source, part.columns, *chunk)) for part in of_split for chunk in part.chunks()
                 )
+                by_source: dict[int, tuple[int, Counter[str]]] = {}
                 for source_index, (rows, reasons) in convert(tasks):
                     check()
                     writer.write(rows, source_index)
                     _count(report, rows)
-                    dropped.update(reasons)
+                    kept, why = by_source.get(source_index, (0, Counter()))
+                    by_source[source_index] = kept + len(rows), why + Counter(reasons)
                     advance(name, len(rows) + len(reasons))
+            dropped = sum((why for _, why in by_source.values()), Counter())
             report.dropped = _fold(dropped)
             if report.rows == 0:
                 raise _nothing_left(name, num_read, report.dropped, data)
+            if name == "train":
+                _check_sources(data, by_source)
             _pack(folder / name, report, data)
             meta[name] = {k: v for k, v in vars(report).items() if k != "lengths"}
     found = fingerprint([folder / name for name in meta])
     (folder / META).write_text(json.dumps({"splits": meta, "fingerprint": found}, indent=1))
+
+
+def _check_sources(data: DataConfig, by_source: dict[int, tuple[int, Counter[str]]]) -> None:
+    """Refuses a source to train on of which no row is left: its absence would not be noticed."""
+    for index, (kept, why) in by_source.items():
+        if not kept:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in _fold(why).items())
+            raise UserError(
+                f"data.train[{index}]",
+                f"all {why.total()} rows of {data.train[index].path} are refused: {reasons}",
+                "rows of the format that it says, and a template under which the tokens to train on are certain",
+                "look at the reasons: correct its format or columns, data.template, or leave it out",
+            )
 
 
 def _fold(dropped: Counter[str]) -> dict[str, int]:

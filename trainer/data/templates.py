@@ -6,6 +6,7 @@ one of them too, so whatever trained a model can be exported with it. The packag
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -29,6 +30,7 @@ TOKENS = {
 }
 JINJA = Path(__file__).with_name("jinja")
 WRITE_BOS = "{{- bos_token }}"
+DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -103,7 +105,8 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     text = _template_source(name, tokenizer)
     if text is None:
         return Template(name, None, own=True)
-    template = Template(name, text, own=name == "tokenizer")
+    pinned = DATE_CALL.sub(lambda match: repr(fixed_date(match[2])), text)  # when it is served, too
+    template = Template(name, pinned, own=name == "tokenizer" and pinned == text)
     try:
         rendered = template.render(tokenizer, PROBE)
     except TemplateSyntaxError as error:
@@ -113,7 +116,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     except TemplateError:
         return template  # it refuses the probe; whether it takes the rows is seen on the rows
     if adds_bos(tokenizer) and not rendered.startswith(str(tokenizer.bos_token)):
-        return Template(name, WRITE_BOS + text, own=False)
+        return Template(name, WRITE_BOS + pinned, own=False)
     return template
 
 
