@@ -130,7 +130,7 @@ class TestPlantedFaults:
         from trainer.export.verify import Verifier
 
         with torch.no_grad():
-            untouched = Verifier(run / "merged")._read(f"base_model.model.{Q_PROJ}")
+            untouched = Verifier(run / "merged").read_trained(f"base_model.model.{Q_PROJ}")
         self.change(run, Q_PROJ, lambda _: untouched)
         self.catch(run, "q_proj.weight is the base's, although its adapter is not zero")
 

@@ -158,7 +158,7 @@ class Verifier:
         adapted = {}
         for name, module in self.peft_model.named_modules():
             if isinstance(module, LoraLayer):
-                adapted[f"{_base_name(name)}.weight"] = (name, module)
+                adapted[f"{base_name(name)}.weight"] = (name, module)
         self.num_adapted = len(adapted)
         for tensor in self.merged.shapes:
             found = self._read_trained_heads(tensor)
@@ -168,7 +168,7 @@ class Verifier:
                 problems.append(f"{tensor} is {found.dtype}, and the manifest says {self.dtype}")
             elif tensor in adapted:
                 problems += self._compare_adapted(tensor, found, *adapted[tensor])
-            elif not torch.equal(found, self._read(f"base_model.model.{tensor}").to(self.dtype)):
+            elif not torch.equal(found, self.read_trained(f"base_model.model.{tensor}").to(self.dtype)):
                 problems.append(f"{tensor} has no adapter, and differs from the {self.manifest['merged_onto']} base")
         return problems
 
@@ -181,9 +181,9 @@ class Verifier:
         prompts, source = self._prompts()
         described = f"{len(prompts)} {source}"
         try:
-            tuned = run_streamed(self.peft_model, self._read, prompts, self.device)
+            tuned = run_streamed(self.peft_model, self.read_trained, prompts, self.device)
             with self.peft_model.disable_adapter():
-                base = run_streamed(self.peft_model, self._read, prompts, self.device)
+                base = run_streamed(self.peft_model, self.read_trained, prompts, self.device)
             merged = run_streamed(build_empty(self.config), self._read_merged, prompts, self.device)
         except (KeyError, RuntimeError) as failure:
             if not problems:
@@ -230,13 +230,9 @@ class Verifier:
             )
 
     def _build_peft(self) -> Any:
-        """PEFT's own reading of adapter and configuration, around a model without storage."""
-        config = PeftConfig.from_pretrained(str(self.result.folder))
-        config.inference_mode = True
         shape = copy.deepcopy(self.base.config)
         shape.vocab_size = self.config.vocab_size
-        model = PeftModel(build_empty(shape), config, low_cpu_mem_usage=True)
-        return model.eval()
+        return build_peft(shape, self.result.folder)
 
     def _compare_names(self) -> list[str]:
         tied = {HEAD} if self.config.tie_word_embeddings else set()
@@ -252,7 +248,7 @@ class Verifier:
 
     def _compare_adapted(self, tensor: str, found: torch.Tensor, name: str, module: Any) -> list[str]:
         # A copy, because PEFT merges in place and a read may be a view of the base's mapped file.
-        with weights_of(module, f"{name}.", lambda parameter: self._read(parameter).clone()):
+        with weights_of(module, f"{name}.", lambda parameter: self.read_trained(parameter).clone()):
             weight = module.get_base_layer().weight
             before = weight.detach().clone()
             is_zero = not bool(module.lora_B["default"].weight.any()) and not module.use_dora["default"]
@@ -281,7 +277,7 @@ class Verifier:
             return [f"{tensor}: {share:.1%} of the elements lie one step beside the rounding of PEFT's float32 merge"]
         return []
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read_trained(self, name: str) -> torch.Tensor:
         """A parameter of the PEFT model by its name there, in float32: from the adapter's file or the base."""
         self._look()
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
@@ -289,7 +285,7 @@ class Verifier:
         is_original = ".original_module." in name
         if key in self.adapter_tensors and not is_original:
             return self.adapter_tensors[key].to(self.device, torch.float32)
-        tensor = _base_name(key)
+        tensor = base_name(key)
         source = EMBEDDING if tensor == HEAD and HEAD not in self.base.shapes else tensor
         weight = self.base.read(source, self.device).to(self.dtype)
         quantization = self.manifest["quantization"]
@@ -347,16 +343,28 @@ def _render_prompts(examples: Iterator[Example], template: Template, tokenizer: 
             yield ids
 
 
+def find_merged(folder: Path) -> Path | None:
+    """`folder` where packtrain merged it, or the merged one inside a run dir; None where there is none."""
+    places = (folder, RunDir(folder).merged)
+    return next((p for p in places if (p / MANIFEST).exists() and read_manifest(p).get("kind") == "merged"), None)
+
+
 def _merged_folder(folder: Path) -> Path:
-    for place in (folder, RunDir(folder).merged):
-        if (place / MANIFEST).exists() and read_manifest(place).get("kind") == "merged":
-            return place
+    if merged := find_merged(folder):
+        return merged
     raise UserError(
         str(folder), "holds no model that packtrain merged", "a merged folder, or a run dir with merged/", "merge first"
     )
 
 
-def _base_name(name: str) -> str:
+def build_peft(config: Any, adapter: Path) -> Any:
+    """PEFT's own reading of an adapter's configuration, around a model without storage."""
+    peft_config = PeftConfig.from_pretrained(str(adapter))
+    peft_config.inference_mode = True
+    return PeftModel(build_empty(config), peft_config, low_cpu_mem_usage=True).eval()
+
+
+def base_name(name: str) -> str:
     """A PEFT module's or parameter's name in the plain model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
 
