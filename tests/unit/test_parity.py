@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from trainer.checkpoint.layout import read_manifest, write_manifest
 from trainer.checkpoint.result import find_result
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.export.merge import merge_adapter
+from trainer.export.merge import BaseKind, merge_adapter
 from trainer.export.parity import MAX_MEAN_DIFFERENCE, check_parity
+from trainer.export.verify import MAX_LOGIT_ERROR, MAX_ROUNDED_OTHERWISE, verify_export
 from trainer.model.adapter_files import load_adapter
 from trainer.servable import CannotServe, Job, Served, find_servable, serve_in_child
 
@@ -188,6 +190,45 @@ class TestWrongFolder:
                     check_parity(folder, serve)
         finally:
             shutil.copy(tmp_path / "as_trained", file)
+
+
+class TestWrongMerge:
+    """Engine and transformers agree on a folder that was merged wrongly: that it is wrong is `verify`'s to find."""
+
+    def catch_merge(self, run: Path, wrong: Path) -> tuple[float, float]:
+        """Puts the weights of `wrong` into the run's merge.
+
+        Returns:
+            Largest share of a tensor's elements that are wrong, and the error of the logits.
+        """
+        shutil.copy(wrong / "model.safetensors", run / "merged")
+        write_manifest(run / "merged", read_manifest(run / "merged"))
+        with pytest.raises(PacktrainError, match="elements differ from PEFT's float32 merge") as caught:
+            verify_export(run)
+        text = str(caught.value)
+        counts = re.findall(r"weight: ([0-9,]+) of ([0-9,]+) elements differ", text)
+        shares = [int(wrong.replace(",", "")) / int(of.replace(",", "")) for wrong, of in counts]
+        logits = re.search(r"logits differ from base \+ adapter by ([0-9.e+-]+)", text)
+        return max(shares), float(logits[1]) if logits else 0.0
+
+    def test_scaling_forgotten(self, run_of: Make, tmp_path: Path) -> None:
+        run, other = run_of(quantized=True), run_of(quantized=True)
+        for folder in (other / "adapter", other / "checkpoints/step_00000001/adapter"):
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["r"]}))
+        merge_adapter(other, tmp_path / "wrong")
+        share, logits = self.catch_merge(run, tmp_path / "wrong")
+        assert share > 10 * MAX_ROUNDED_OTHERWISE
+        assert logits > 10 * MAX_LOGIT_ERROR
+
+    @pytest.mark.parametrize("bases", [("dequantized", "original"), ("original", "dequantized")])
+    def test_the_other_base(self, run_of: Make, tmp_path: Path, bases: tuple[BaseKind, BaseKind]) -> None:
+        run = run_of(quantized=True)
+        shutil.rmtree(run / "merged")
+        merge_adapter(run, run / "merged", bases[0])
+        merge_adapter(run, tmp_path / "wrong", bases[1])
+        share, _ = self.catch_merge(run, tmp_path / "wrong")
+        assert share > 10 * MAX_ROUNDED_OTHERWISE
 
 
 def test_what_vllm_would_make_another_model_of_is_not_served(run_of: Make) -> None:

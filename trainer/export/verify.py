@@ -7,7 +7,6 @@ Here PEFT merges each layer and PEFT's forward gives the logits to compare with;
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, hash_file, read_manifest
 from trainer.checkpoint.result import Result, enclosing_run, find_result
@@ -35,6 +33,7 @@ from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.merge import tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
+from trainer.export.verify_files import compare_ends, compare_tokenizer, read_exported_config
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, Format, dynamic_map, quantize_weight
@@ -122,7 +121,7 @@ class Verifier:
         self._check_base()
         self.adapter_tensors = load_file(self.result.folder / ADAPTER_WEIGHTS)
         self.dtype = getattr(torch, self.manifest["dtype"])
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = read_exported_config(folder)
         self.peft_model = self._build_peft()
         self.num_adapted, self.rounded_otherwise = 0, 0.0
 
@@ -131,26 +130,14 @@ class Verifier:
         tokenizer, template_name = tokenizer_of_result(self.result, self.base)
         stop_tokens = stop_token_ids(load_template(template_name, tokenizer), tokenizer)
         wanted = tokenizer_as_trained(tokenizer, template_name)
-        found = AutoTokenizer.from_pretrained(self.folder)
-        problems = [
-            f"tokenizer: {what} is {getattr(found, what)!r}, trained with {getattr(wanted, what)!r}"
-            for what in ("bos_token", "eos_token", "chat_template")
-            if getattr(found, what) != getattr(wanted, what)
-        ]
-        if found.get_vocab() != wanted.get_vocab():
-            problems.append(f"tokenizer: {len(found)} tokens that are not the {len(wanted)} trained with")
-        elif any(found(text).input_ids != wanted(text).input_ids for text in PROMPTS):
-            problems.append("tokenizer: splits text otherwise than the one trained with")
+        problems = compare_tokenizer(self.folder, wanted, PROMPTS)
         listed = set(self.manifest["files"])
         problems += [
             f"{file.name} is not of this merge, and a server may load it"
             for file in sorted(self.folder.glob("*.safetensors"))
             if file.name not in listed
         ]
-        settings = self._generation_ends()
-        if missing := [i for i in stop_tokens if i not in settings]:
-            problems.append(f"generation_config.json: ends at {settings}, without the trained stop token {missing[0]}")
-        return problems + self._compare_names()
+        return problems + compare_ends(self.folder, self.base, stop_tokens) + self._compare_names()
 
     def compare_tensors(self) -> list[str]:
         """Every tensor against PEFT's merge in float32, rounded; those without adapter bitwise against the base."""
@@ -195,9 +182,10 @@ class Verifier:
         # `not <=` so that NaN counts as an error; without any effect nothing may differ at all
         if not error <= MAX_LOGIT_ERROR * effect:
             ratio = (error / effect).item() if effect > 0 else float("inf")
-            problems.append(
+            problems.insert(  # the first, so that no list of tensors hides it
+                0,
                 f"logits differ from base + adapter by {ratio:.3g} of the adapter's own effect, at most "
-                f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}"
+                f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}",
             )
             if len(problems) == 1 and self.dtype != torch.float32:
                 problems.append(
@@ -309,11 +297,6 @@ class Verifier:
         self._look()
         source = EMBEDDING if name == HEAD and HEAD not in self.merged.shapes else name
         return self.merged.read(source, self.device).to(torch.float32)
-
-    def _generation_ends(self) -> list[int]:
-        file = self.folder / "generation_config.json"
-        ends = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
     def _prompts(self) -> tuple[list[list[int]], str]:
         """Prompts of the run's own rows, or fixed ones where there is no run or its data is gone."""
