@@ -110,6 +110,7 @@ class Job:
     Attributes:
         conversations: each ``{"messages": [...], "tools": [...]}``, to be asked through the engine's own chat path.
         rows: each ``(ids, start)``: tokens to score from position `start` on.
+        max_length: tokens that the longest conversation may take with its answer.
         stop_ids: tokens that end answers beside those that the folder's files name.
     """
 
@@ -117,6 +118,7 @@ class Job:
     conversations: list[dict[str, Any]]
     rows: list[tuple[list[int], int]]
     max_new_tokens: int
+    max_length: int
     stop_ids: list[int]
 
 

@@ -155,10 +155,7 @@ class VLLMEngine:
 
 def run_job(job: Job) -> Served:
     """Loads the job's model and asks it everything."""
-    needed = [len(ids) + 1 for ids, _ in job.rows]
-    needed += [start + job.max_new_tokens for _, start in job.rows]
-    # What the engine makes of messages may be longer than what was trained on: to find that out it has to fit.
-    engine = VLLMEngine(job.servable, max_length=2 * max(needed))
+    engine = VLLMEngine(job.servable, job.max_length)
     return Served(
         engine=f"vLLM {vllm.__version__}",
         answers=engine.chat(job.conversations, job.max_new_tokens, job.stop_ids),

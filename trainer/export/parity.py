@@ -43,7 +43,7 @@ class ParityReport:
     Attributes:
         engine: its name and version. served: what it loaded, in words.
         prompts: the rows compared on, in words. conversations: of them, those sent as messages through its chat path.
-        tokens: tokens scored.
+        tokens: tokens scored: of the run's rows, and only where there are none of the fixed prompts.
         mean_difference: mean of ``|log p_engine - log p_transformers|`` over them, in nats. largest_difference: theirs.
         tops: tokens whose likeliest was compared, its margin being above `margin` nats; all agree.
         effect: mean of ``|log p_trained - log p_base|``, in nats; None where there is no base to compare with.
@@ -95,11 +95,12 @@ def check_parity(folder: Path, serve: Callable[[Job], Served] = serve_in_child) 
     rows, prompts = collect_rows(result.config, template, tokenizer, subject.servable.max_length - 1)
     stop_ids = stop_token_ids(template, tokenizer)
     torch.cuda.empty_cache()  # what verifying took on the GPU is the engine's now
-    served = serve(_job(subject.servable, rows, stop_ids))
-    comparison = Comparison(subject, served, rows)
-    asked = [i for i, row in enumerate(rows) if row.messages is not None]
-    chats = list(zip([rows[i] for i in asked], served.answers, strict=True))
-    stopped, not_stopped = compare_stops(chats, [comparison.reference[i] for i in asked])
+    asked = [row for row in rows if row.messages is not None]
+    scored = [row for row in rows if not row.is_fixed] or rows
+    served = serve(_job(subject.servable, asked, scored, stop_ids))
+    comparison = Comparison(subject, served, scored)
+    chats = list(zip(asked, served.answers, strict=True))
+    stopped, not_stopped = compare_stops(chats, comparison.num_stops)
     if problems := compare_prompts(chats, tokenizer) + comparison.problems() + not_stopped:
         text = "\n".join(f"  - {problem}" for problem in problems)
         raise PacktrainError(f"{served.engine} does not serve {result.folder} as it was trained ({prompts}):\n{text}")
@@ -125,7 +126,7 @@ class Comparison:
     """An engine's scores of rows beside transformers'.
 
     Attributes:
-        reference: transformers' scores of the rows.
+        num_stops: rows at whose end transformers finds their stop token the likeliest.
         margin: how far the likeliest token has to be above the next to be compared, in nats.
         effect: of what was trained on the log-probabilities; None without a base.
     """
@@ -133,14 +134,16 @@ class Comparison:
     def __init__(self, subject: _Subject, served: Served, rows: list[ParityRow]) -> None:
         self._found, self._scored = served.scores, [row.scored for row in rows]
         self._unmerged = subject.servable.adapter is not None
-        self.reference = subject.trained(self._scored)
+        self._wanted = subject.trained(self._scored)
         base = served.without_adapter or (subject.base(self._scored) if subject.base else None)
-        differences = _differences(self._found, self.reference)
+        differences = _differences(self._found, self._wanted)
         self.num_tokens = len(differences)
         self.mean_difference, self.largest_difference = fmean(differences), max(differences)
         self.effect = fmean(_differences(self._found, base)) if base else None
         self.margin = max(MAX_MEAN_DIFFERENCE, LOGIT_STEPS * torch.finfo(getattr(torch, subject.servable.dtype)).eps)
-        self.num_tops = sum(margin > self.margin for scores in self.reference for margin in scores.margins)
+        self.num_tops = sum(margin > self.margin for scores in self._wanted for margin in scores.margins)
+
+        self.num_stops = sum(scores.tops[-1] == row.stop for row, scores in zip(rows, self._wanted, strict=True))
 
     def problems(self) -> list[str]:
         """What exceeds its bound, with the figures."""
@@ -157,7 +160,7 @@ class Comparison:
         ]
 
     def _compare_tops(self) -> list[str]:
-        rows = zip(self._scored, self._found, self.reference, strict=True)
+        rows = zip(self._scored, self._found, self._wanted, strict=True)
         wrong = [
             (row, start + place)
             for row, ((_, start), found, wanted) in enumerate(rows)
@@ -197,14 +200,14 @@ def compare_prompts(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> li
     ]
 
 
-def compare_stops(chats: list[Chat], reference: list[Scores]) -> tuple[float | None, list[str]]:
+def compare_stops(chats: list[Chat], num_likeliest: int) -> tuple[float | None, list[str]]:
     """Whether greedy answers end where the training's did.
 
     A model need not have learnt every row, so an answer may run on; but none may run past a stop token that it has
     given, and not all may run on where all references end.
 
     Args:
-        reference: transformers' scores of the same rows.
+        num_likeliest: references at whose end transformers finds the stop token the likeliest; for the message.
 
     Returns:
         The share of answers that ended at a trained stop token, of those whose reference does; and the problems.
@@ -221,10 +224,9 @@ def compare_stops(chats: list[Chat], reference: list[Scores]) -> tuple[float | N
             "does not know it; generation_config.json has to name it"
         ]
     if share == 0:
-        likeliest = sum(reference[i].tops[-1] in trained for i in ended)
         return share, [
             f"none of {len(ended)} answers ends at the stop token {sorted(trained)}, as their references do; at the "
-            f"end of a reference transformers finds it likeliest in {likeliest} of {len(ended)}"
+            f"end of a reference transformers finds it likeliest in {num_likeliest} of {len(ended)}"
         ]
     return share, []
 
@@ -238,14 +240,18 @@ def _differences(found: list[Scores], wanted: list[Scores]) -> list[float]:
     return [abs(a - b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f.logprobs, w.logprobs, strict=True)]
 
 
-def _job(servable: Servable, rows: list[ParityRow], stop_ids: list[int]) -> Job:
+def _job(servable: Servable, asked: list[ParityRow], scored: list[ParityRow], stop_ids: list[int]) -> Job:
     """Answers get room for twice the longest reference; where they end the files of a whole model have to say."""
-    longest = max(len(row.ids) - len(row.prompt) for row in rows)
+    longest = max(len(row.ids) - len(row.prompt) for row in scored)
+    max_new_tokens = min(max(2 * longest, SHORTEST_ANSWER), LONGEST_ANSWER)
+    # What the engine makes of messages may be longer than what was trained on: to find that out it has to fit.
+    max_length = 2 * (max(len(row.ids) for row in [*asked, *scored]) + max_new_tokens)
     return Job(
         servable=servable,
-        conversations=[{"messages": row.messages, "tools": row.tools} for row in rows if row.messages is not None],
-        rows=[row.scored for row in rows],
-        max_new_tokens=min(max(2 * longest, SHORTEST_ANSWER), LONGEST_ANSWER),
+        conversations=[{"messages": row.messages, "tools": row.tools} for row in asked],
+        rows=[row.scored for row in scored],
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
         stop_ids=stop_ids if servable.adapter else [],
     )
 

@@ -40,6 +40,7 @@ class ParityRow:
         messages: what a chat server is asked; None for plain text.
         tools: functions that the conversation may call.
         stop: the token that ends the answer; None where there is no answer, or its end was cut off.
+        is_fixed: it is a prompt of `ASKED` and `ABOUT`, not a row that was trained on.
     """
 
     ids: list[int]
@@ -47,6 +48,7 @@ class ParityRow:
     messages: list[dict[str, Any]] | None
     tools: list[dict[str, Any]]
     stop: int | None
+    is_fixed: bool = False
 
     @property
     def prompt(self) -> list[int]:
@@ -126,4 +128,4 @@ def _fixed_prompts() -> Iterator[str]:
 def _fixed_row(text: str, template: Template, tokenizer: Any) -> ParityRow:
     ids = prompt_token_ids(text, template, tokenizer)
     messages = None if template.text is None else [{"role": "user", "content": text}]
-    return ParityRow(ids, None, messages, [], None)
+    return ParityRow(ids, None, messages, [], None, is_fixed=True)
