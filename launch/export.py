@@ -91,6 +91,8 @@ def _print_proof(report: VerifyReport) -> None:
 
 
 def _print_parity(report: ParityReport) -> None:
+    from trainer.export.parity import MAX_MEAN_DIFFERENCE
+
     effect = (
         "no base to compare with" if report.effect is None else f"differs from its base by {report.effect:.3g} nats"
     )
@@ -98,8 +100,8 @@ def _print_parity(report: ParityReport) -> None:
     print(
         f"{report.engine} serves {report.folder} as it was trained ({report.seconds:.1f} s)\n"
         f"  prompts: {report.conversations} conversations are asked in the tokens trained on; {report.prompts}\n"
-        f"  log-probabilities: off by {report.mean_difference:.2g} nats on average (at most 0.02 allowed) and "
-        f"{report.largest_difference:.2g} at most over {report.tokens:,} tokens, beside transformers in "
+        f"  log-probabilities: off by {report.mean_difference:.2g} nats on average (at most {MAX_MEAN_DIFFERENCE} "
+        f"allowed) and {report.largest_difference:.2g} at most over {report.tokens:,} tokens, beside transformers in "
         f"{report.computed}; the likeliest token agrees at all {report.tops:,} places with a margin of more than "
         f"{report.margin:.2g}\n"
         f"  {report.served}: {effect}\n"
