@@ -16,7 +16,7 @@ def cancel(run_dir: Path, *, now: bool = False) -> None:
 
     Args:
         run_dir: folder of a submitted run, or of a sweep.
-        now: end it at once, without a checkpoint.
+        now: end it at once, without waiting for a checkpoint.
     """
     from slurm.cancel import cancel as cancel_runs
 

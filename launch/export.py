@@ -24,7 +24,7 @@ def merge(
     Args:
         source: run dir (its best checkpoint, else the newest), a checkpoint of it, or an adapter in PEFT's format.
         out: appears only when complete; default: merged/ in the run dir.
-        base: merge onto the weights trained on, 4-bit ones dequantised, or onto the 16-bit ones.
+        base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
     """
     from trainer.checkpoint.layout import RunDir
     from trainer.checkpoint.result import find_result

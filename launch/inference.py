@@ -1,4 +1,4 @@
-"""`packtrain evaluate`, `generate` and `chat`: what a trained model is worth, and what it says."""
+"""`packtrain generate` and `chat`: what a trained model says."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    from trainer.evaluate import EvaluationResult
 
 SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
     "max_new_tokens": (int, lambda value: value >= 1, "a whole number of at least 1"),
@@ -26,36 +23,6 @@ SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
 }
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 Engine = Literal["auto", "vllm", "transformers"]
-
-
-def evaluate(
-    folder: Path,
-    *,
-    split: Literal["train", "validation", "test"] = "validation",
-    recipe: Path | None = None,
-    exact_match: bool = True,
-    max_rows: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
-    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
-) -> None:
-    """Loss, perplexity and exact match on a split, as a table and json.
-
-    Args:
-        folder: run dir, merged or plain model, or adapter folder.
-        split: which rows.
-        recipe: names the data; default: the recipe the folder was trained with.
-        exact_match: also answer the split's prompts greedily and compare.
-        max_rows: answer only the first so many prompts.
-        json_file: write the figures there too.
-    """
-    from dataclasses import asdict
-
-    from trainer.evaluate import evaluate_folder
-
-    result = evaluate_folder(folder, recipe, split, exact_match, max_rows)
-    _print_table(folder, result)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"folder": str(folder), **asdict(result)}, indent=1) + "\n", encoding="utf-8")
 
 
 def generate(
@@ -237,21 +204,3 @@ def _check_conversation(where: str, request: dict[str, Any]) -> None:
     except BadRow as error:
         allowed = 'a prompt of text, or messages: [{"role": "user", "content": "..."}]'
         raise UserError(where, str(error), allowed) from error
-
-
-def _print_table(folder: Path, result: EvaluationResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{folder} on {result.split}")
-    cells = {
-        "loss": f"{result.loss:.4f}",
-        "perplexity": f"{result.perplexity:.3f}",
-        "exact match": "-" if result.exact_match is None else f"{result.exact_match:.3f}",
-        "rows": f"{result.rows:,}",
-        "trained tokens": f"{result.tokens:,}",
-    }
-    for name in cells:
-        table.add_column(name, justify="right")
-    table.add_row(*cells.values())
-    Console().print(table)

@@ -42,7 +42,7 @@ def init(
         data: file or hub id of the training rows.
         format: how the rows are read.
         columns: the format's field and the data set's column, where they differ: --columns.output response.
-        method: full trains every weight, lora an adapter on a 16-bit base, qlora one on a 4-bit base.
+        method: full trains every weight, lora an adapter on a 16-bit base, qlora one on a quantised base.
         gpu_memory: GiB of the GPU it will run on.
         out: where to write; an existing file is not touched.
     """
@@ -93,7 +93,7 @@ def choose_fields(
         fields["adapter"] = {"r": 16, "alpha": 32.0, "targets": "all-linear"}
         fields["export"] = {"merge": True}
     if method == "qlora":
-        fields["quantization"] = {"type": "nf4", "double_quant": True}
+        fields["quantization"] = {"type": "nf4"}
         fields["optim"]["max_grad_norm"] = 0.3  # as in the QLoRA paper
     if gpu_memory and not _fits(model, method, gpu_memory):
         if method != "full" or not _fits(model, "full in 16 bit", gpu_memory):

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from slurm.cluster import ClusterFacts, Partition
+from slurm.script import GPUS_USED
 from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig, SlurmConfig
 from trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-GPUS_USED = {"merge": 0, "verify": 0, "evaluate": 1, "report": 0}  # commands that may follow, one process each
 NOT_IN_PATHS = "%:\\\n\r\t"  # sbatch fills in %j and the like, PYTHONPATH is a list, a submission's runs are lines
 
 

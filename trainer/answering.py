@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from trainer.checkpoint.result import Result, find_result
-from trainer.config import ModelConfig
 from trainer.data.masking import load_template, stop_token_ids
 from trainer.data.templates import Template
 from trainer.errors import UserError
@@ -98,7 +97,8 @@ def load_answerer(folder: Path, engine: EngineName = "auto", seed: int = 0, beam
             return _load_vllm(result, seed, beams)
         except CannotServe as reason:
             if engine == "vllm":
-                raise
+                fix = f"{reason.fix}, or --engine transformers" if reason.fix else "--engine transformers"
+                raise CannotServe(reason.where, reason.found, reason.allowed, fix) from reason
             logger.warning("transformers answers: %s: %s", reason.where, reason.found)
     loaded = load_for_inference(folder)
     torch.manual_seed(seed)
@@ -123,5 +123,5 @@ def prompting(result: Result, servable: Servable) -> tuple[PreTrainedTokenizerBa
     if servable.adapter and result.config:
         tokenizer = load_tokenizer(result.config.model)
         return tokenizer, load_template(result.config.data.template, tokenizer)
-    tokenizer = load_tokenizer(ModelConfig(path=servable.tokenizer))
+    tokenizer = load_tokenizer(servable.tokenizer_source)
     return tokenizer, load_template("tokenizer", tokenizer)

@@ -42,10 +42,16 @@ class ModelConfig(Part):
 
 
 class QuantizationConfig(Part):
-    """4-bit base for QLoRA (arXiv:2305.14314), dequantised by bitsandbytes' kernels."""
+    """Quantised base for QLoRA (arXiv:2305.14314); activations and matmuls are in compute_dtype."""
 
-    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
-    double_quant: bool = Field(True, description="quantise the block scales too (0.37 bits a weight less)")
+    type: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="4 bits with a scale for each 64 weights, or 8 bits with one for each row (arXiv:2208.07339)"
+    )
+    double_quant: bool = Field(
+        default_factory=lambda fields: fields.get("type") != "int8",
+        description="quantise the scales of 4-bit weights too (0.37 bits a weight less)",
+        json_schema_extra={"default": True},  # of every type that can have it
+    )
     compute_dtype: Dtype | None = Field(None, description="dtype weights are dequantised to; default: model.dtype")
 
 
@@ -378,8 +384,10 @@ class RunConfig(Part):
         broken = []
         if self.quantization and not self.adapter:
             broken.append(
-                "quantization needs an adapter, as 4-bit weights cannot be trained. Add adapter: {method: lora}"
+                "quantization needs an adapter, as quantised weights cannot be trained. Add adapter: {method: lora}"
             )
+        if self.quantization and self.quantization.type == "int8" and self.quantization.double_quant:
+            broken.append("quantization.double_quant is for nf4 and fp4; int8 has one scale a row. Set it to false")
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             broken.append("schedule.name: plateau follows the validation loss. Set eval.every_steps")
         if self.eval.early_stopping and self.eval.every_steps is None:

@@ -1,35 +1,32 @@
-"""What vLLM is to load for a folder, and the protocol of a process in which it does; this file never imports vLLM."""
+"""What vLLM can load of what was trained, and how; this file never imports vLLM.
+
+`packtrain serve` and `trainer.vllm_engine` make their options of what is said here. Written for vLLM 0.25.1 to 0.32.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.checkpoint.layout import hash_file, read_manifest
-from trainer.checkpoint.result import ADAPTER_CONFIG, Result
+from trainer.checkpoint.result import ADAPTER_CONFIG, Result, training_of
 from trainer.config import ModelConfig
-from trainer.errors import PacktrainError, UserError
-from trainer.export.adapter import Adapter, read_adapter
+from trainer.errors import UserError
+from trainer.export.adapter import read_adapter
 from trainer.export.base import EMBEDDING, BaseTensors, check_unchanged
-from trainer.export.merge import base_of_result
-from trainer.model.adapter_files import ADAPTER_WEIGHTS
-from trainer.model.decilm import DeciLMConfig
-from trainer.model.weights import read_config
+from trainer.model.adapter_files import ADAPTER_WEIGHTS, check_adapter_config
+from trainer.model.decilm import PER_LAYER
+from trainer.model.weights import resolve_folder
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
-LARGEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
-# What vllm/lora/peft_helper.py refuses, or does not read and so takes for a plain adapter.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py: MaxLoRARanks
+# What vLLM refuses to serve unmerged, or, in some version, takes for a plain adapter: vllm/lora/peft_helper.py
 ONLY_MERGED = (
     "alora_invocation_tokens",
     "alpha_pattern",
@@ -43,7 +40,9 @@ ONLY_MERGED = (
     "use_dora",
     "use_qalora",
 )
-SHOWN_OF_LOG = 2000
+VOCABULARY_PADDING = 64  # rows: vllm/model_executor/layers/vocab_parallel_embedding.py
+LLAMAS_POSITIONS = 2048  # of a Llama whose config.json does not say
+MERGE = "`packtrain merge` it, and name the merged folder"
 
 
 class CannotServe(UserError):
@@ -55,91 +54,62 @@ class Servable:
     """A model as vLLM loads it.
 
     Attributes:
-        model: folder of the whole model, or of the base of `adapter`.
-        tokenizer: folder of the tokenizer and chat template.
+        model: folder of the whole model; of an adapter its base's folder or hub id.
+        tokenizer: folder or hub id of the tokenizer and chat template.
         dtype: of weights and computation, such as ``bfloat16``.
-        max_length: positions the model has.
-        num_heads: attention heads, which GPUs share. num_kv_heads: of keys and values, likewise or copied to several.
+        shape: the model's ``config.json``.
+        revision: of a hub id.
         adapter: PEFT folder to serve unmerged; None where `model` is the whole.
-        rank: of the adapter.
+        max_rank: the least of vLLM's own that holds the adapter.
+        generation_config: folder that says where the adapter's answers end; None leaves it to the model's own.
     """
 
     model: str
     tokenizer: str
     dtype: str
-    max_length: int
-    num_heads: int
-    num_kv_heads: int
+    shape: dict[str, Any]
+    revision: str | None = None
     adapter: str | None = None
-    rank: int = 0
+    max_rank: int = 0
+    generation_config: str | None = None
 
+    @property
+    def max_length(self) -> int:
+        """Positions the model has."""
+        return self.shape.get("max_position_embeddings") or LLAMAS_POSITIONS
 
-@dataclass(frozen=True)
-class Scores:
-    """What a model makes of the scored tokens of one row.
-
-    Attributes:
-        logprobs: of the row's own tokens, in nats.
-        tops: the likeliest token at each place.
-        margins: log-probability of the likeliest less that of the next; empty where the engine does not tell.
-    """
-
-    logprobs: list[float]
-    tops: list[int]
-    margins: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A greedy answer to a conversation.
-
-    Attributes:
-        prompt_ids: tokens the engine made of the messages. ids: the answer's, with the token it stopped at.
-        stopped: the engine ended it at a stop token, not for its length.
-    """
-
-    prompt_ids: list[int]
-    ids: list[int]
-    stopped: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """Questions to one engine.
-
-    Attributes:
-        conversations: each ``{"messages": [...], "tools": [...]}``, to be asked through the engine's own chat path.
-        rows: each ``(ids, start)``: tokens to score from position `start` on.
-        max_length: tokens that the longest conversation may take with its answer.
-        stop_ids: tokens that end answers beside those that the folder's files name.
-    """
-
-    servable: Servable
-    conversations: list[dict[str, Any]]
-    rows: list[tuple[list[int], int]]
-    max_new_tokens: int
-    max_length: int
-    stop_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Served:
-    """The engine's replies, in the order of the job's questions.
-
-    Attributes:
-        engine: name and version.
-        without_adapter: scores of the same rows by the base alone, where an adapter is served unmerged.
-    """
-
-    engine: str
-    answers: list[Answer]
-    scores: list[Scores]
-    without_adapter: list[Scores] | None
+    @property
+    def tokenizer_source(self) -> ModelConfig:
+        """The tokenizer, as `load_tokenizer` takes it."""
+        return ModelConfig(path=self.tokenizer, revision=self.revision if self.tokenizer == self.model else None)
 
 
 def vllm_is_usable() -> bool:
     """Whether vLLM is installed and a GPU is visible."""
     return importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+
+
+def gpu_counts(shape: dict[str, Any], most: int) -> list[int]:
+    """Numbers of GPUs, up to `most`, that vLLM can cut a model over: 1 and more.
+
+    Heads, and what they share, go whole to a GPU; heads of keys and values may also be copied to several.
+
+    Args:
+        shape: the model's ``config.json``.
+    """
+    kv_heads = num_kv_heads(shape)
+    vocabulary = -(-shape.get("vocab_size", 0) // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    whole = (shape["num_attention_heads"], shape.get("intermediate_size", 0), vocabulary)
+    return [
+        n
+        for n in range(1, most + 1)
+        if all(number % n == 0 for number in whole) and (kv_heads % n == 0 or n % kv_heads == 0)
+    ]
+
+
+def num_kv_heads(shape: dict[str, Any]) -> int:
+    """Heads of keys and values, by a ``config.json``."""
+    return shape.get("num_key_value_heads") or shape["num_attention_heads"]
 
 
 def find_servable(result: Result) -> Servable:
@@ -149,127 +119,138 @@ def find_servable(result: Result) -> Servable:
         CannotServe: there is nothing of the kind; the text says why.
         UserError: the base is another one than was trained on.
     """
-    if result.kind == "model":
-        return whole_model(result.folder)
-    adapter = read_adapter(result.folder)
-    reason = _why_merged_only(result, adapter)
-    if reason is None:
-        return _unmerged(result, adapter)
-    if merged := _merge_of(result):
-        logger.info("vLLM loads %s, as %s", merged, reason)
-        return whole_model(merged)
-    raise CannotServe(str(result.folder), reason, fix="merge it (packtrain merge), or --engine transformers")
+    try:
+        return describe_servable(result) if result.kind == "model" else _as_trained(result)
+    except CannotServe as reason:
+        if (merged := _merge_of(result)) is None:
+            raise
+        logger.info("vLLM loads %s: %s: %s", merged, reason.where, reason.found)
+        return _whole_model(merged)
 
 
-def whole_model(folder: Path) -> Servable:
-    """A folder that holds a whole model and its tokenizer.
+def describe_servable(result: Result) -> Servable:
+    """A whole model, or an adapter unmerged on its base in 16 bits, even where the training quantised it.
+
+    Of a base on the hub nothing but ``config.json`` is fetched, and no weights are read.
 
     Raises:
-        CannotServe: its architecture is none of vLLM's.
+        CannotServe: vLLM has no class for the model, or cannot apply this adapter unmerged.
+        UserError: a file is broken, or the adapter names no base.
     """
-    config = read_config(folder)
-    if isinstance(config, DeciLMConfig):
-        raise CannotServe(str(folder), "vLLM has no class for its DeciLM", fix="--engine transformers")
-    saved = BaseTensors(ModelConfig(path=str(folder)))
-    return Servable(
-        model=str(folder),
-        tokenizer=str(folder),
-        dtype=_name(config.dtype or saved.saved_dtype(EMBEDDING)),  # vLLM's own choice would make 16 bits of float32
-        max_length=config.max_position_embeddings,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-    )
+    return _whole_model(result.folder) if result.kind == "model" else _unmerged(result)
 
 
-def _unmerged(result: Result, adapter: Adapter) -> Servable:
-    base = base_of_result(result, adapter)
-    check_unchanged(base, result)
+def _whole_model(folder: Path) -> Servable:
+    source = ModelConfig(path=str(folder.resolve()))
+    shape = _read_shape(source)
+    return Servable(source.path, source.path, _dtype(shape, source), shape)
+
+
+def _unmerged(result: Result) -> Servable:
+    check_adapter_config(result.folder)
+    config = _read_json(result.folder / ADAPTER_CONFIG)
+    max_rank = _max_rank(result.folder, config)
+    base = _base_of(result, config)
+    shape = _read_shape(base)
+    dtype = result.config.model.dtype if result.config else _dtype(shape, base)
+    if dtype == "float32":
+        found = "trained in float32, and vLLM computes adapters in 16 bits"
+        raise CannotServe(str(result.folder), found, "bfloat16 or float16, unmerged", MERGE)
+    if replaced := read_adapter(result.folder).replaced:
+        found = f"it brings {next(iter(replaced))} of its own, which vLLM does not take from an adapter"
+        raise CannotServe(str(result.folder), found, "LoRA or rsLoRA alone, unmerged", MERGE)
+    folder = str(result.folder.resolve())
     own_tokenizer = (result.folder / "tokenizer_config.json").exists()
     return Servable(
-        model=str(base.folder),
-        tokenizer=str(result.folder if own_tokenizer else base.model.tokenizer or base.folder),
-        dtype=_dtype(result, adapter),
-        max_length=base.config.max_position_embeddings,
-        num_heads=base.config.num_attention_heads,
-        num_kv_heads=base.config.num_key_value_heads,
-        adapter=str(result.folder),
-        rank=max(pair.a.shape[0] for pair in adapter.low_rank.values()),
+        model=base.path,
+        tokenizer=folder if own_tokenizer else base.tokenizer or base.path,
+        dtype=dtype,
+        shape=shape,
+        revision=base.revision,
+        adapter=folder,
+        max_rank=max_rank,
+        generation_config=folder if (result.folder / "generation_config.json").exists() else None,
     )
 
 
-def _dtype(result: Result, adapter: Adapter) -> str:
-    if result.config:
-        return result.config.model.dtype
-    return _name(base_of_result(result, adapter).saved_dtype(EMBEDDING))
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _why_merged_only(result: Result, adapter: Adapter) -> str | None:
-    """Why vLLM cannot put this adapter on its base as it was trained; None where it can."""
+def _as_trained(result: Result) -> Servable:
+    """An adapter on the very files that it was trained on, which are fetched where they are on the hub."""
     if result.config and result.config.quantization:
-        return f"it was trained on a base in {result.config.quantization.type}, and the 16-bit one is another model"
-    base = base_of_result(result, adapter)
-    if base.folder is None:
-        return "its base was made from a seed and has no files"
-    if isinstance(base.config, DeciLMConfig):
-        return "vLLM has no class for its DeciLM base"
-    if unread := [name for name in ONLY_MERGED if adapter.config.get(name)]:
-        return f"vLLM applies no adapter with {unread[0]}"
-    if adapter.config.get("bias", "none") != "none":
-        return f"vLLM applies no adapter with bias {adapter.config['bias']}"
-    if adapter.replaced:
-        return f"it brings {next(iter(adapter.replaced))} of its own, which vLLM does not take from an adapter"
-    if (rank := max(pair.a.shape[0] for pair in adapter.low_rank.values())) > LARGEST_RANK:
-        return f"it has rank {rank}, and vLLM takes at most {LARGEST_RANK}"
-    if _dtype(result, adapter) == "float32":
-        return "vLLM computes adapters in 16 bits, and it was trained in float32"
-    return None
+        found = f"it was trained on a base in {result.config.quantization.type}, and the 16-bit one is another model"
+        raise CannotServe(str(result.folder), found, fix=MERGE)
+    servable = _unmerged(result)
+    base = BaseTensors(ModelConfig(path=servable.model, revision=servable.revision))
+    check_unchanged(base, result)
+    folder = str(base.folder)
+    tokenizer = folder if servable.tokenizer == servable.model else servable.tokenizer
+    return replace(servable, model=folder, tokenizer=tokenizer, revision=None)
+
+
+def _max_rank(folder: Path, config: dict[str, Any]) -> int:
+    file = str(folder / ADAPTER_CONFIG)
+    used = [field for field in ONLY_MERGED if config.get(field)]
+    used += ["bias"] if config.get("bias", "none") != "none" else []
+    if used:
+        found = f"vLLM applies no adapter with {used[0]}: {config[used[0]]}"
+        raise CannotServe(file, found, "LoRA or rsLoRA alone, unmerged", MERGE)
+    if config["r"] > LORA_RANKS[-1]:
+        raise CannotServe(file, f"r {config['r']}", f"at most {LORA_RANKS[-1]} in vLLM, unmerged", MERGE)
+    return next(rank for rank in LORA_RANKS if rank >= config["r"])
+
+
+def _base_of(result: Result, config: dict[str, Any]) -> ModelConfig:
+    """The base that the run's recipe names, at the commit that was trained on; else the one PEFT's config names."""
+    if result.config is None:
+        path = config.get("base_model_name_or_path")
+        if not path:
+            file = str(result.folder / ADAPTER_CONFIG)
+            raise UserError(file, "base_model_name_or_path is empty", "the base's folder or hub id")
+        return _absolute(ModelConfig(path=path, revision=config.get("revision")))
+    model = result.config.model
+    if model.init == "random":
+        found = "random: the base was made from a seed and has no files that vLLM could load"
+        raise CannotServe("model.init", found, "pretrained, unmerged", MERGE)
+    recorded = (training_of(result).get("base") or {}).get("revision")
+    return _absolute(model.model_copy(update={"revision": recorded or model.revision}))
+
+
+def _absolute(model: ModelConfig) -> ModelConfig:
+    folder = Path(model.path).expanduser()
+    return model.model_copy(update={"path": str(folder.resolve()), "revision": None}) if folder.is_dir() else model
+
+
+def _read_shape(model: ModelConfig) -> dict[str, Any]:
+    shape = _read_json(resolve_folder(model, ["config.json"]) / "config.json")
+    if PER_LAYER in shape:
+        found = "a DeciLM, whose layers have different numbers of heads: vLLM has no class for it"
+        raise CannotServe(model.path, found, "a plain Llama", "`packtrain merge` an adapter of it: that makes one")
+    return shape
+
+
+def _dtype(shape: dict[str, Any], model: ModelConfig) -> str:
+    """The dtype the weights are saved in: vLLM's own choice would round float32 to 16 bits without a word."""
+    named = shape.get("dtype") or shape.get("torch_dtype")
+    return str(named or BaseTensors(model).saved_dtype(EMBEDDING)).removeprefix("torch.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(str(file), f"cannot be read: {error.strerror}", "the file as it was written") from error
+    except ValueError as error:
+        raise UserError(str(file), f"no JSON: {error}", "the file as it was written", "copy it again") from error
+    if not isinstance(found, dict):
+        raise UserError(str(file), f"holds a {type(found).__name__}", "an object", "copy it again")
+    return found
 
 
 def _merge_of(result: Result) -> Path | None:
     """The run's merged folder, if it holds this very adapter on the base trained on."""
-    if result.run_dir is None or result.config is None or not result.run_dir.merged.exists():
+    if result.kind == "model" or result.config is None or result.run_dir is None or not result.run_dir.merged.exists():
         return None
     record = read_manifest(result.run_dir.merged)
     trained_on = "dequantized" if result.config.quantization else "original"
     files = {name: hash_file(result.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
     is_same = record.get("merged_onto") == trained_on and record.get("adapter", {}).get("files") == files
     return result.run_dir.merged if is_same else None
-
-
-def serve_in_child(job: Job) -> Served:
-    """Has vLLM do `job` in a process of its own, whose end gives all of its GPU memory back.
-
-    Raises:
-        PacktrainError: it failed; with the end of what it printed.
-    """
-    with tempfile.TemporaryDirectory(prefix="packtrain-vllm-") as place:
-        asked, replied, log = (Path(place) / name for name in ("job.json", "served.json", "log.txt"))
-        asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-P", "-m", "trainer.vllm_engine", str(asked), str(replied)]
-        with log.open("w") as out:
-            status = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=out).returncode
-        if status != 0:
-            said = log.read_text(errors="replace").strip()[-SHOWN_OF_LOG:]
-            raise PacktrainError(f"vLLM failed on {job.servable.model} (exit status {status}):\n{said}")
-        return _parse_served(json.loads(replied.read_text(encoding="utf-8")))
-
-
-def parse_job(record: dict[str, Any]) -> Job:
-    """A job as `serve_in_child` writes it."""
-    rows = [(ids, start) for ids, start in record["rows"]]
-    return Job(**{**record, "servable": Servable(**record["servable"]), "rows": rows})
-
-
-def _parse_served(record: dict[str, Any]) -> Served:
-    base = record["without_adapter"]
-    return Served(
-        engine=record["engine"],
-        answers=[Answer(**answer) for answer in record["answers"]],
-        scores=[Scores(**scores) for scores in record["scores"]],
-        without_adapter=None if base is None else [Scores(**scores) for scores in base],
-    )

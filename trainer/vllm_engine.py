@@ -1,6 +1,6 @@
 """vLLM, and nothing else: this is the only file that imports it. Written for 0.25.1 to 0.32.0.
 
-``python -m trainer.vllm_engine JOB REPLY`` does a `trainer.servable.Job` that a file holds, and writes the replies.
+``python -m trainer.vllm_engine JOB REPLY`` does a `trainer.vllm_job.Job` that a file holds, and writes the replies.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vllm.sampling_params import BeamSearchParams
 
 from trainer.errors import PacktrainError, UserError
 from trainer.model.weights import weight_files
-from trainer.servable import Answer, Job, Scores, Servable, Served, parse_job
+from trainer.servable import Servable, gpu_counts
+from trainer.vllm_job import Answer, Job, Scores, Served, parse_job
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has kernels for
 SHARE_OF_FREE_MEMORY = 0.9
 MOST_WEIGHTS = 0.6  # of a GPU's free memory; the rest is for the KV cache and what is computed
 
@@ -44,8 +44,9 @@ class VLLMEngine:
         self._lora = LoRARequest("trained", 1, servable.adapter) if servable.adapter else None
         settings: dict[str, Any] = {}
         if servable.adapter:
-            rank = next(r for r in RANKS if r >= servable.rank)
-            settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+            settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": servable.max_rank}
+        if servable.generation_config:
+            settings["generation_config"] = servable.generation_config
         try:
             self._llm = LLM(
                 model=servable.model,
@@ -177,12 +178,7 @@ def _gpu_settings(servable: Servable) -> dict[str, Any]:
         return {}
     free, total = torch.cuda.mem_get_info()
     num_bytes = sum(file.stat().st_size for file in weight_files(Path(servable.model)))
-    heads, kv_heads = servable.num_heads, servable.num_kv_heads
-    counts = [
-        n
-        for n in range(1, torch.cuda.device_count() + 1)
-        if heads % n == 0 and max(n, kv_heads) % min(n, kv_heads) == 0
-    ]
+    counts = gpu_counts(servable.shape, torch.cuda.device_count())
     fitting = [n for n in counts if num_bytes / n <= MOST_WEIGHTS * free]
     return {
         "tensor_parallel_size": fitting[0] if fitting else counts[-1],

@@ -26,7 +26,7 @@ from trainer.config import RunConfig
 from trainer.errors import PacktrainError
 from trainer.export.merge import merge_adapter
 from trainer.export.parity import MAX_MEAN_DIFFERENCE, check_parity
-from trainer.servable import Job, Served, serve_in_child
+from trainer.vllm_job import Job, Served, serve_in_child
 
 pytestmark = [
     pytest.mark.gpu,

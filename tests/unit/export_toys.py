@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.layout import RunDir, write_atomically, write_manifest
-from trainer.config import RunConfig
+from trainer.config import QuantizationConfig, RunConfig
 from trainer.model.adapter_files import save_adapter
 from trainer.model.load import load_model
 from trainer.recipe import dump_recipe
@@ -67,13 +67,16 @@ def teach(model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, Any]], st
         optimizer.zero_grad()
 
 
-def dequantized(weight: torch.Tensor, double_quant: bool, compute_dtype: torch.dtype) -> torch.Tensor:
-    """A weight after NF4 and back, by bitsandbytes' own functions."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+def dequantized(weight: torch.Tensor, quantization: QuantizationConfig, compute_dtype: torch.dtype) -> torch.Tensor:
+    """A weight after NF4 or int8 and back, by bitsandbytes' own functions."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 
+    if quantization.type == "int8":
+        int8, absmax, _ = int8_vectorwise_quant(weight.detach().clone())
+        return int8_vectorwise_dequant(int8, absmax).to(compute_dtype)
     # As one row: bitsandbytes 0.50 on the CPU misplaces scales where a row is no multiple of 64 (the toy's down_proj)
     flat = weight.detach().reshape(1, -1)
-    codes, state = quantize_4bit(flat, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+    codes, state = quantize_4bit(flat, blocksize=64, compress_statistics=quantization.double_quant, quant_type="nf4")
     state.dtype = compute_dtype
     return dequantize_4bit(codes, state).view_as(weight)
 
@@ -89,7 +92,7 @@ def peft_merge(config: RunConfig, adapter: Path, onto: str = "dequantized") -> d
         for name, parameter in model.named_parameters():
             value = parameter.to(frozen)
             if config.quantization and onto == "dequantized" and ".layers." in name and name.endswith("proj.weight"):
-                value = dequantized(value, config.quantization.double_quant, getattr(torch, config.compute_dtype))
+                value = dequantized(value, config.quantization, getattr(torch, config.compute_dtype))
             parameter.copy_(value)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return {name: tensor.detach() for name, tensor in merged.named_parameters()}

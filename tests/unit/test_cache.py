@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import RunConfig
-from trainer.data import prepare
+from trainer.data import conversion, prepare
 from trainer.data.cache import ABANDONED_SECONDS, cache_root, open_or_build
 from trainer.data.masking import build_labels, load_template
 from trainer.data.prepare import iter_split_examples, load_split_examples, load_splits
@@ -82,6 +82,7 @@ def test_packs_know_their_lengths_without_their_tokens(
 ) -> None:
     packs = load_splits(toy_recipe(), toy_tokenizer).train
     assert packs.lengths().tolist() == [sum(len(ids) for ids, _ in pack) for pack in packs]
+    assert packs.costs().tolist() == [sum(len(ids) ** 2 + 65536 * len(ids) for ids, _ in pack) for pack in packs]
 
 
 def test_without_packing_each_row_is_a_pack(
@@ -208,7 +209,7 @@ def test_a_pool_of_processes_gives_the_same_rows(
     config = toy_recipe(data=rows_of(path))
     alone = load_splits(config, toy_tokenizer)
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(prepare, "PARALLEL_ROWS", 1000)
+    monkeypatch.setattr(conversion, "PARALLEL_ROWS", 1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     pooled = load_splits(config, toy_tokenizer)
     assert any((tmp_path / "other").glob("*/meta.json"))

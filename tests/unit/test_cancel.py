@@ -156,6 +156,39 @@ def test_now_does_not_wait_for_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
     assert json.loads((run_dir / "state.json").read_text())["state"] == "cancelled"
 
 
+@pytest.mark.parametrize(("option", "says"), [([], "it saves a checkpoint and stops"), (["--now"], "is being ended")])
+def test_what_is_said_while_a_job_ends(
+    option: list[str],
+    says: str,
+    lab: Lab,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = make_run(tmp_path / "run", attempts=[start(60)], state="running")
+    lab.job("12", "RUNNING", with_tasks=True)
+    lab.commands.add("scancel")  # takes its time
+    monkeypatch.setattr(cancelling.cancel, "__defaults__", (False, 0.5))
+    assert cli.main(["cancel", str(run_dir), *option]) == 0
+    cancel_says = capsys.readouterr().out
+    assert cli.main(["status", str(run_dir)]) == 0
+    status_says = capsys.readouterr().out
+    assert says in status_says
+    assert [" saves " in said for said in (cancel_says, status_says)] == [not option] * 2
+
+
+def test_another_clusters_job_of_the_same_number_is_left_alone(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "run", attempts=[start(60)], state="running", cluster="there")
+    lab.job("12", "RUNNING", with_tasks=True)
+    lab.commands.add("scontrol", "ClusterName = here\n")
+    lab.scancel()
+    assert cli.main(["cancel", str(run_dir)]) == 2
+    assert "submitted on cluster there, and this host's is here" in capsys.readouterr().err
+    assert not lab.calls and not (run_dir / "cancelled").exists()
+
+
 def test_a_job_that_is_queued_again_meanwhile_is_cancelled_there(lab: Lab, tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", attempts=[start(60)], state="running")
     lab.job("12", "RUNNING", with_tasks=True)

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora": {"adapter": LORA, "quantization": NF4},
     "qlora on some": {"adapter": {**LORA, "targets": ["q_proj"]}, "quantization": NF4},
     "qlora, plain scales": {"adapter": LORA, "quantization": {**NF4, "double_quant": False}},
+    "int8": {"adapter": LORA, "quantization": {"type": "int8"}},
     "qlora, dora": {"adapter": {**LORA, "dora": True}, "quantization": NF4},
 }
 

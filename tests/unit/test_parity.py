@@ -25,7 +25,8 @@ from trainer.export.merge import BaseKind, merge_adapter
 from trainer.export.parity import MAX_MEAN_DIFFERENCE, check_parity
 from trainer.export.verify import MAX_LOGIT_ERROR, MAX_ROUNDED_OTHERWISE, verify_export
 from trainer.model.adapter_files import load_adapter
-from trainer.servable import CannotServe, Job, Served, find_servable, serve_in_child
+from trainer.servable import CannotServe, find_servable
+from trainer.vllm_job import Job, Served, serve_in_child
 
 __all__ = ["stand_in"]
 LORA: dict[str, Any] = {"r": 4, "alpha": 32.0}

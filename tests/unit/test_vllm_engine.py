@@ -16,10 +16,12 @@ from tests.unit.export_toys import make_run
 from tests.unit.test_merge import LORA, NF4
 from tests.unit.vllm_stand_in import stand_in
 from trainer.answering import load_answerer
+from trainer.checkpoint.result import find_result
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.merge import merge_adapter
 from trainer.generate import load_for_inference
+from trainer.servable import find_servable
 
 __all__ = ["stand_in"]
 PROMPTS = ["Sort d c b a.", "Write a b c d backwards.", "hi"]
@@ -90,6 +92,20 @@ def test_beams_and_a_stop_token_that_vllms_search_does_not_know(
     run = run_in(tmp_path, toy_recipe, toy_model_dir, data={"template": template})
     assert type(load_answerer(run)).__name__ == "VLLMModel"
     assert type(load_answerer(run, beams=True)).__name__ == "InferenceModel"
+
+
+def test_adapters_own_stop_token_ends_answers(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path
+) -> None:
+    """Answers as `packtrain serve` and the gate get them: without being told of stop tokens by the request."""
+    from trainer.vllm_engine import VLLMEngine
+
+    run = run_in(tmp_path, toy_recipe, toy_model_dir)
+    prompt = [load_answerer(run).prompt_ids(PROMPTS[0])]
+    (answer,) = VLLMEngine(find_servable(find_result(run))).complete(prompt, 8)
+    assert len(answer) > 1
+    (run / "adapter" / "generation_config.json").write_text(json.dumps({"eos_token_id": answer[0]}))
+    assert VLLMEngine(find_servable(find_result(run))).complete(prompt, 8) == [answer[:1]]
 
 
 def test_prompt_that_is_too_long(toy_model_dir: Path) -> None:

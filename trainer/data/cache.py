@@ -31,6 +31,7 @@ from blake3 import blake3
 
 from trainer.checkpoint.layout import sync
 from trainer.data.packing import Packs
+from trainer.data.sampler import document_cost
 from trainer.data.types import TokenizedRow
 
 log = logging.getLogger(__name__)
@@ -182,13 +183,17 @@ class ArrowRows(Sequence[TokenizedRow]):
     def __getitem__(self, index: int) -> TokenizedRow:  # type: ignore[override]
         batch, i = self._find(index)
         ids, labels = batch.document(i)
-        source = self._source_names[batch.source[i]]
-        return TokenizedRow(source, int(batch.row[i]), ids, labels, bool(batch.truncated[i].as_py()))
+        return TokenizedRow(self.source(index), int(batch.row[i]), ids, labels, bool(batch.truncated[i].as_py()))
 
     def document(self, index: int) -> tuple[list[int], list[int]]:
         """Ids and labels of a row."""
         batch, i = self._find(index)
         return batch.document(i)
+
+    def source(self, index: int) -> str:
+        """Which data set a row came from."""
+        batch, i = self._find(index)
+        return self._source_names[batch.source[i]]
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 ``[rows]``."""
@@ -243,9 +248,18 @@ class ArrowPacks:
     def __iter__(self) -> Iterator[list[tuple[list[int], list[int]]]]:
         return (self[i] for i in range(len(self)))
 
+    def sources(self, index: int) -> list[str]:
+        """Which data set each document of a pack came from."""
+        members = self._indices[self._offsets[index] : self._offsets[index + 1]]
+        return [self.rows.source(row) for row in members.tolist()]
+
     def lengths(self) -> np.ndarray:
         """Tokens of each pack, int64 ``[packs]``; reads no token."""
         return np.add.reduceat(self.rows.lengths()[self._indices], self._offsets[:-1])
+
+    def costs(self) -> np.ndarray:
+        """`document_cost` of each pack, int64 ``[packs]``; reads no token."""
+        return np.add.reduceat(document_cost(self.rows.lengths())[self._indices], self._offsets[:-1])
 
 
 def fingerprint(folders: Sequence[Path]) -> str:

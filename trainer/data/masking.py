@@ -19,9 +19,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.config import DataConfig
 from trainer.data.formats import TEXT_ROLE, TOOL_CALLS
@@ -104,9 +105,10 @@ def build_labels(
     """
     drafter = _Drafter(template, tokenizer, data.train_on)
     drafts = [_attempt(example, drafter.draft, example) for example in examples]
-    texts = [text for draft in drafts if isinstance(draft, _Draft) for text in _texts_of(draft)]
+    marked = bool(template.text and GENERATION_MARK.search(template.text))
+    texts = [text for draft in drafts if isinstance(draft, _Draft) for text in _texts_of(draft, marked)]
     encodings = _encode(tokenizer, list(dict.fromkeys(texts)))
-    labeller = _Labeller(template, tokenizer, data, encodings)
+    labeller = _Labeller(template, tokenizer, data, encodings, marked)
     return [_attempt(draft.example, labeller.label, draft) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
@@ -220,8 +222,10 @@ def _choose_messages(messages: Sequence[dict[str, Any]], train_on: str) -> tuple
     return [i for i in chosen if i not in silent], []
 
 
-def _texts_of(draft: _Draft) -> list[str]:
-    return [draft.text, *(text for answer in draft.answers for text in (answer.prompt, answer.whole))]
+def _texts_of(draft: _Draft, marked: bool) -> list[str]:
+    """What has to be tokenised; where the template marks the answers no prompt is compared."""
+    compared = [] if marked else [text for answer in draft.answers for text in (answer.prompt, answer.whole)]
+    return [draft.text, *compared]
 
 
 class _Labeller:
@@ -233,19 +237,20 @@ class _Labeller:
         tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
         encodings: dict[str, Encoding],
+        marked: bool,
     ) -> None:
         self._template, self._tokenizer, self._data, self._encodings = template, tokenizer, data, encodings
         self._stops = set(stop_candidates(tokenizer))
         self._bos = tokenizer.bos_token_id
         self._adds_bos = adds_bos(tokenizer)
-        self._marked = bool(template.text and GENERATION_MARK.search(template.text))
+        self._marked = marked
 
     def label(self, draft: _Draft) -> TokenizedRow:
         encoding = self._encodings[draft.text]
         ids = encoding.ids
         self._check_bos(ids)
         spans = [_tokens_of(encoding, draft.text, answer.chars) for answer in draft.answers]
-        found = self._spans_by_marks(draft, ids) if self._marked else self._spans_by_prefix(draft, ids)
+        found = self._spans_by_marks(draft, encoding) if self._marked else self._spans_by_prefix(draft, ids)
         if spans != found:
             raise Rejected(DISAGREE)
         if self._data.train_on == "all":
@@ -297,21 +302,26 @@ class _Labeller:
     def _is_blank(self, ids: list[int]) -> bool:
         return not ids or not str(self._tokenizer.decode(ids)).strip()
 
-    def _spans_by_marks(self, draft: _Draft, ids: list[int]) -> list[Span]:
+    def _spans_by_marks(self, draft: _Draft, encoding: Encoding) -> list[Span]:
         """Tokens that the template's ``{% generation %}`` marks say the assistant wrote."""
         messages = draft.example.messages
-        marked: Any = self._tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "train"} for message in messages],
+        rendered: Any = render_jinja_template(
+            [[{key: value for key, value in message.items() if key != "train"} for message in messages]],
             tools=list(draft.example.tools) or None,
             chat_template=self._template.text,
-            return_dict=True,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+            **cast(dict[str, Any], self._tokenizer.special_tokens_map),
         )
-        if list(marked["input_ids"]) != ids:
+        texts, marks = rendered  # for one conversation, each in a list
+        if texts[0] != draft.text:
             raise Rejected(DISAGREE)
-        mask = [0, *marked["assistant_masks"], 0]
-        edges = [i for i, (left, right) in enumerate(pairwise(mask)) if left != right]
+        mask = [0] * len(encoding.ids)
+        for start, end in marks[0]:
+            first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+            if first is None or last is None:
+                raise Rejected(DISAGREE)
+            mask[first : last + 1] = [1] * (last + 1 - first)
+        edges = [i for i, (left, right) in enumerate(pairwise([0, *mask, 0])) if left != right]
         runs = list(zip(edges[::2], edges[1::2], strict=True))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(runs) != len(answers):

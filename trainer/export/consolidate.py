@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialise
 
-from trainer.checkpoint.layout import find_damage, folder_appears_when_complete
+from trainer.checkpoint.layout import find_damage, folder_appears_when_complete, read_manifest, write_manifest
+from trainer.checkpoint.result import enclosing_run, training_in
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
+from trainer.export.card import write_card
 from trainer.export.kv_heads import KVHeads
+from trainer.recipe import load_recipe
 
 SHARD_BYTES = 4 * 2**30
 SERVING = "serving"  # folder of a checkpoint with config and tokenizer, so that nothing else is needed
@@ -37,9 +40,10 @@ class ConsolidateReport:
 def consolidate(
     checkpoint: Path, out: Path, is_intact: bool = False, check: Callable[[], None] = lambda: None
 ) -> ConsolidateReport:
-    """Writes a model folder (safetensors, index, config, tokenizer) of a full fine-tune's checkpoint.
+    """Writes a model folder (safetensors, index, config, tokenizer, hashes, card) of a full fine-tune's checkpoint.
 
-    Needs neither a GPU nor the base nor the run around the checkpoint, and holds one tensor at a time.
+    Needs neither a GPU nor the base nor the run around the checkpoint, and holds one tensor at a time. Recipe and
+    losses are on the card where the checkpoint lies in its run.
 
     Args:
         checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
@@ -55,7 +59,7 @@ def consolidate(
     if out.exists():
         raise UserError("--out", f"{out} exists", "a folder that does not exist yet", "remove it or name another")
     _check(checkpoint, is_intact)
-    saved = SavedCheckpoint(checkpoint)
+    saved, run = SavedCheckpoint(checkpoint), enclosing_run(checkpoint)
     config = json.loads((checkpoint / SERVING / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
     # Sorted, so that the files are the same whichever processes wrote the checkpoint.
@@ -71,6 +75,10 @@ def consolidate(
     with folder_appears_when_complete(out) as folder:
         write_model(folder, shapes, dtype, read)
         shutil.copytree(checkpoint / SERVING, folder, dirs_exist_ok=True)
+        recipe = load_recipe(run.recipe).model_dump(mode="json") if run else None
+        record = {"kind": "model", "recipe": recipe, **training_in(read_manifest(checkpoint))}
+        write_manifest(folder, record)
+        write_card(folder, record, run)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return ConsolidateReport(out, saved.step, len(shapes), num_bytes, time.monotonic() - started)
 

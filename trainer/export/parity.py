@@ -27,7 +27,8 @@ from trainer.export.references import Score, score_adapted, score_base_of_merge,
 from trainer.export.verify import find_merged
 from trainer.generate import default_device
 from trainer.model.tokenizer import load_tokenizer
-from trainer.servable import Answer, Job, Scores, Servable, Served, find_servable, serve_in_child
+from trainer.servable import Servable, find_servable
+from trainer.vllm_job import Answer, Job, Scores, Served, serve_in_child
 
 MAX_MEAN_DIFFERENCE = 0.02  # of log-probabilities, in nats
 MIN_EFFECT = 3 * MAX_MEAN_DIFFERENCE  # of what was trained; below it nothing tells the trained model from its base
@@ -241,7 +242,8 @@ def _differences(found: list[Scores], wanted: list[Scores]) -> list[float]:
 
 
 def _job(servable: Servable, asked: list[ParityRow], scored: list[ParityRow], stop_ids: list[int]) -> Job:
-    """Answers get room for twice the longest reference; where they end the files of a whole model have to say."""
+    """Answers get room for twice the longest reference; where they end the folder's own files have to say."""
+    says_ends = servable.adapter is None or servable.generation_config is not None  # a checkpoint's adapter does not
     longest = max(len(row.ids) - len(row.prompt) for row in scored)
     max_new_tokens = min(max(2 * longest, SHORTEST_ANSWER), LONGEST_ANSWER)
     # What the engine makes of messages may be longer than what was trained on: to find that out it has to fit.
@@ -252,13 +254,13 @@ def _job(servable: Servable, asked: list[ParityRow], scored: list[ParityRow], st
         rows=[row.scored for row in scored],
         max_new_tokens=max_new_tokens,
         max_length=max_length,
-        stop_ids=stop_ids if servable.adapter else [],
+        stop_ids=[] if says_ends else stop_ids,
     )
 
 
 def _as_trained(result: Result, servable: Servable) -> tuple[PreTrainedTokenizerBase, Template]:
     """Tokenizer and template of the training, from their own source; of the folder where no recipe is known."""
-    model = result.config.model if result.config else ModelConfig(path=servable.tokenizer)
+    model = result.config.model if result.config else servable.tokenizer_source
     tokenizer = load_tokenizer(model)
     return tokenizer, load_template(result.config.data.template if result.config else "tokenizer", tokenizer)
 

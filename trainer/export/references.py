@@ -13,7 +13,7 @@ from trainer.export.streaming import build_empty, score_streamed
 from trainer.export.verify import Verifier, base_name, build_peft
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
-from trainer.servable import Scores
+from trainer.vllm_job import Scores
 
 Score = Callable[[list[tuple[list[int], int]]], list[Scores]]
 

@@ -14,15 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.checkpoint.layout import RunDir, find_damage, folder_appears_when_complete, hash_file, read_manifest
-from trainer.checkpoint.result import is_run
+from trainer.checkpoint.layout import (
+    RunDir,
+    find_damage,
+    folder_appears_when_complete,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
+from trainer.checkpoint.result import is_run, training_in
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted
+from trainer.export.card import write_card
 from trainer.export.consolidate import SERVING, consolidate
-from trainer.export.serving import tokenizer_as_trained, write_serving_files
+from trainer.export.serving import write_serving_files
 from trainer.model.adapter_files import ADAPTER_WEIGHTS, save_adapter
 from trainer.model.decilm import as_llama
+from trainer.model.weights import load_base_config
 from trainer.preemption import StopRequest
 from trainer.recipe import load_recipe
 
@@ -104,7 +113,7 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
 
 
 def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, check: Check = lambda: None) -> None:
-    """Writes ``adapter/`` or ``model/`` of the run, each with the tokenizer and the template trained with.
+    """Writes ``adapter/`` or ``model/`` of the run, each with tokenizer, template, stop tokens, hashes and card.
 
     Args:
         step: of the committed checkpoint to take.
@@ -126,7 +135,10 @@ def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, chec
 
     def write_adapter(folder: Path) -> None:
         shutil.copytree(checkpoint / "adapter", folder, dirs_exist_ok=True)
-        tokenizer_as_trained(tokenizer, config.data.template).save_pretrained(folder)
+        write_serving_files(folder, config.model, load_base_config(config.model), tokenizer, config.data.template)
+        record = {"kind": "adapter", "recipe": config.model_dump(mode="json"), **training_in(read_manifest(checkpoint))}
+        write_manifest(folder, record)
+        write_card(folder, record, run)
 
     _replace(run.adapter, write_adapter)
 

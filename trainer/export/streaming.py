@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from trainer.servable import Scores
+from trainer.vllm_job import Scores
 
 Read = Callable[[str], torch.Tensor]
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**16, 2**11  # padded positions of a forward, and of the head

@@ -1,7 +1,7 @@
 """Proves that a merged model is the one trained, by a path that shares no arithmetic with the merge.
 
 Here PEFT merges each layer and PEFT's forward gives the logits to compare with; bitsandbytes' own functions read the
-4-bit base. Everything is float32 and streamed layer by layer, so a 70B model needs the memory of one layer.
+quantised base. Everything is float32 and streamed layer by layer, so a 70B model needs the memory of one layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, hash_file, read_manifest
 from trainer.checkpoint.result import Result, enclosing_run, find_result
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import ModelConfig, QuantizationConfig, RunConfig
 from trainer.data.masking import load_template, render_prompt, stop_token_ids
 from trainer.data.prepare import iter_split_examples
 from trainer.data.templates import Template
@@ -36,7 +36,8 @@ from trainer.export.streaming import Outputs, build_empty, run_streamed, weights
 from trainer.export.verify_files import compare_ends, compare_tokenizer, read_exported_config
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
-from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, Format, dynamic_map, quantize_weight
+from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, dynamic_map
+from trainer.model.quantized import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -353,23 +354,32 @@ def base_name(name: str) -> str:
 
 
 def _dequantized(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
-    """The weight after 4 bits: the training's bytes, handed to bitsandbytes' own functions in its own layout."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    """The weight after quantisation: the training's bytes, handed to bitsandbytes' own functions in its own layout."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
-    type, device = quantization["type"], weight.device
-    packed, scales = quantize_weight(weight, Format(type, quantization["double_quant"]))
-    num_blocks = -(-weight.numel() // BLOCK_SIZE)
+    config, dtype = QuantizationConfig.model_validate(quantization), getattr(torch, quantization["compute_dtype"])
+    packed, scales = format_of(config).quantize(weight)
+    if config.type == "int8":
+        return int8_vectorwise_dequant(packed.view(torch.int8), scales.view(torch.float32)).to(dtype)
+    state = _quant_state(scales, config, weight.numel(), dtype)
+    return dequantize_4bit(packed.view(-1, 1), state).view_as(weight)
+
+
+def _quant_state(scales: torch.Tensor, config: QuantizationConfig, num_weights: int, dtype: torch.dtype) -> Any:
+    """bitsandbytes' own form of the scales of a 4-bit weight."""
+    from bitsandbytes.functional import QuantState
+
+    num_blocks = -(-num_weights // BLOCK_SIZE)
     offset, nested = None, None
-    if quantization["double_quant"]:
+    if config.double_quant:
         floats, scales = scales[:-num_blocks].view(torch.float32), scales[-num_blocks:]
+        code = dynamic_map(scales.device)
         offset = floats[-1]
-        nested = QuantState(floats[:-1], code=dynamic_map(device), blocksize=SCALES_PER_GROUP, dtype=torch.float32)
+        nested = QuantState(floats[:-1], code=code, blocksize=SCALES_PER_GROUP, dtype=torch.float32)
     else:
         scales = scales.view(torch.float32)
     # As one row: on the CPU bitsandbytes 0.50 takes wrong scales where a row's length is no multiple of the block's.
-    shape, dtype = torch.Size([1, weight.numel()]), getattr(torch, quantization["compute_dtype"])
-    state = QuantState(scales, shape, None, BLOCK_SIZE, type, dtype, offset, nested)
-    return dequantize_4bit(packed.view(-1, 1), state).view_as(weight)
+    return QuantState(scales, torch.Size([1, num_weights]), None, BLOCK_SIZE, config.type, dtype, offset, nested)
 
 
 def _by_layer(merged: Outputs, tuned: Outputs, base: Outputs) -> str:

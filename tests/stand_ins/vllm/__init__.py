@@ -68,6 +68,7 @@ class LLM:
         enable_lora: bool = False,
         max_loras: int = 1,
         max_lora_rank: int = 16,
+        generation_config: str = "auto",
     ) -> None:
         self.fault = os.environ.get("VLLM_STAND_IN_FAULT", "")
         assert self.fault in FAULTS
@@ -77,8 +78,9 @@ class LLM:
         self._plain = self._load()
         self._length = self._plain.config.max_position_embeddings if max_model_len < 0 else max_model_len
         self._adapted: Any = None
-        file = Path(model) / "generation_config.json"
-        ends = GenerationConfig.from_pretrained(model).eos_token_id if file.exists() else None
+        place = model if generation_config == "auto" else generation_config
+        file = Path(place) / "generation_config.json"
+        ends = GenerationConfig.from_pretrained(place).eos_token_id if file.exists() else None
         ends = ends if isinstance(ends, list) else [ends]
         own = [] if self.fault == "no stop" else [*ends, self._tokenizer.eos_token_id]
         self._ends = {end for end in own if end is not None}
