@@ -196,11 +196,12 @@ def _check_sampling(settings: dict[str, Any], where: str = "--") -> None:
 
 
 def _check_conversation(where: str, request: dict[str, Any]) -> None:
-    from trainer.data.formats import FORMATS, BadRow
+    from trainer.data.formats import FORMATS, BadRow, check_characters
 
     messages = [{"role": "user", "content": request["prompt"]}] if "prompt" in request else request["messages"]
     try:
         FORMATS["messages"].to_messages({"messages": messages})
+        check_characters(messages)
     except BadRow as error:
         allowed = 'a prompt of text, or messages: [{"role": "user", "content": "..."}]'
         raise UserError(where, str(error), allowed) from error

@@ -74,11 +74,12 @@ def open_or_build(key: str, build: Callable[[Path], None], check: Callable[[], N
     root = cache_root()
     final = root / key
     if final.is_dir():
+        _remove_abandoned(root)
         return final
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root / f"{key}.lock", check):
         if not final.is_dir():
-            _remove_abandoned(root, key)
+            _remove_abandoned(root)
             _build(final, build)
     return final
 
@@ -121,9 +122,9 @@ def _try_lock(file: TextIO) -> bool:
     return True
 
 
-def _remove_abandoned(root: Path, key: str) -> None:
+def _remove_abandoned(root: Path) -> None:
     """Removes what builders left that were killed long ago; a younger one may be at work on another host."""
-    for path in root.glob(f"{key}.*.tmp"):
+    for path in root.glob("*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)

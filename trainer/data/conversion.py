@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PARALLEL_ROWS = 20_000  # below this a pool of processes takes longer to start than it saves
 # A source with its columns, and some of its rows with their indices.
-Task = tuple[Source, dict[str, str], list[int], list[Row]]
+Task = tuple[Source, dict[str, tuple[str, ...]], list[int], list[Row]]
 # Rows, and the reasons of those that are none or are dropped.
 Result = tuple[list[TokenizedRow], list[str]]
 

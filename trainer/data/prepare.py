@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+MOST_REASONS = 20
 
 
 @dataclass
@@ -206,13 +207,20 @@ def _build(
                     _count(report, rows)
                     dropped.update(reasons)
                     advance(name, len(rows) + len(reasons))
-            report.dropped = dict(dropped.most_common())
+            report.dropped = _fold(dropped)
             if report.rows == 0:
                 raise _nothing_left(name, num_read, report.dropped, data)
             _pack(folder / name, report, data)
             meta[name] = {k: v for k, v in vars(report).items() if k != "lengths"}
     found = fingerprint([folder / name for name in meta])
     (folder / META).write_text(json.dumps({"splits": meta, "fingerprint": found}, indent=1))
+
+
+def _fold(dropped: Counter[str]) -> dict[str, int]:
+    """The most common reasons, and how many rows the others are: a template may say a reason of its own for each."""
+    common = dropped.most_common()
+    rest = sum(count for _, count in common[MOST_REASONS:])
+    return dict(common[:MOST_REASONS]) | ({"other reasons": rest} if rest else {})
 
 
 def _count(report: DataReport, rows: Iterable[TokenizedRow]) -> None:
@@ -238,10 +246,10 @@ def _nothing_left(split: str, num_read: int, dropped: dict[str, int], data: Data
         found = f"{data.pack_length}, and all {num_read} rows of {split} are too long for it: {reasons}"
         return UserError("data.pack_length", found, fix="raise data.pack_length")
     return UserError(
-        "data.template",
-        f"{data.template}: all {num_read} rows of {split} are refused: {reasons}",
-        "a template under which the tokens to train on are certain",
-        "look at the reasons: correct the template, or the rows, or take another template",
+        "data",
+        f"all {num_read} rows of {split} are refused: {reasons}",
+        "rows of the format that their source says, and a template under which the tokens to train on are certain",
+        "look at the reasons: correct a source's format or columns, data.template, or the rows",
     )
 
 
