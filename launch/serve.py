@@ -73,8 +73,9 @@ def serve(
         wait: seconds until the server has to answer.
         print_only: print the command and start nothing.
     """
-    from launch.serving import choose_num_gpus, plan_serving
+    from launch.serving import choose_num_gpus, serving_options
     from trainer.launchers import count_gpus
+    from trainer.servable import describe_servable
 
     _check_passed_on(vllm_options)
     variable, key = _api_key(os.environ)
@@ -82,15 +83,15 @@ def serve(
     result = _find_served(folder)
     if name is None:
         name = (result.run_dir.path if result.run_dir else result.folder).resolve().name
-    served = plan_serving(result, name, max_length)
-    num_gpus = choose_num_gpus(served.shape, gpus, count_gpus(os.environ))
-    command = ["vllm", "serve", served.model, *served.options, "--tensor-parallel-size", str(num_gpus)]
-    command += ["--host", host, "--port", str(port), *vllm_options]
+    servable = describe_servable(result)
+    num_gpus = choose_num_gpus(servable.shape, gpus, count_gpus(os.environ))
+    command = ["vllm", "serve", servable.model, *serving_options(servable, name, max_length)]
+    command += ["--tensor-parallel-size", str(num_gpus), "--host", host, "--port", str(port), *vllm_options]
     if print_only:
         print((f'VLLM_API_KEY="${variable}" ' if key and variable != KEYS[1] else "") + shlex.join(command))
         return
     command[0] = _find_vllm()
-    request, prompt_ids = _known_prompt(served.tokenizer, name)
+    request, prompt_ids = _known_prompt(servable.tokenizer_source, name)
     _check_port(host, port)
     if result.config:
         logger.info("rows of up to %d tokens were trained on", result.config.data.pack_length)

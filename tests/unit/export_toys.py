@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,55 @@ from trainer.model.load import load_model
 from trainer.recipe import dump_recipe
 
 
-def make_run(path: Path, config: RunConfig, size: float = 0.05) -> Path:
-    """A run dir as a finished training leaves it; every trained tensor is moved by random numbers of `size`."""
+def make_run(
+    path: Path, config: RunConfig, size: float = 0.05, train: Callable[[torch.nn.Module], None] | None = None
+) -> Path:
+    """A run dir as a finished training leaves it.
+
+    Args:
+        size: of the random numbers that every trained tensor is moved by.
+        train: trains the model instead.
+    """
     run = RunDir(path)
     loaded = load_model(config, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.requires_grad:
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+    if train is not None:
+        train(loaded.model)
+    else:
+        shake(loaded.model, size)
     write_atomically(run.recipe, dump_recipe(config))
     save_adapter(loaded.model, run.adapter)
     run.step_dir(1).mkdir(parents=True)
     save_adapter(loaded.model, run.step_dir(1) / "adapter")
     write_manifest(run.step_dir(1), {"step": 1, "base": asdict(loaded.base), "data": "0" * 8})
     return path
+
+
+def shake(model: torch.nn.Module, size: float) -> None:
+    """Moves every trained tensor by random numbers."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def teach(model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, Any]], steps: int, lr: float) -> None:
+    """Trains the trainable parameters on chats of the toy template: the answers and their end token."""
+    encoded = []
+    for row in rows:
+        prompt, answer = (message["content"] for message in row["messages"])
+        head = tokenizer(f"<|user|>{prompt}<|end|><|assistant|>").input_ids
+        encoded.append((head, tokenizer(f"{answer}<|end|>", add_special_tokens=False).input_ids))
+    width = max(len(head) + len(tail) for head, tail in encoded)
+    ids = torch.tensor([head + tail + [0] * (width - len(head + tail)) for head, tail in encoded])
+    labels = torch.tensor([[-100] * len(head) + tail + [-100] * (width - len(head + tail)) for head, tail in encoded])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=next(model.parameters()).dtype == torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def dequantized(weight: torch.Tensor, quantization: QuantizationConfig, compute_dtype: torch.dtype) -> torch.Tensor:

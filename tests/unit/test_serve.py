@@ -328,7 +328,7 @@ class TestTellsWhatIsWrong:
     def test_an_adapter_on_four_bits_is_merged_first(
         self, tmp_path: Path, toy_recipe: Recipe, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        config = toy_recipe(adapter=LORA, quantization={"type": "nf4"})
+        config = toy_recipe(model={"dtype": "bfloat16"}, adapter=LORA, quantization={"type": "nf4"})
         run = finished_run(tmp_path / "run", config, merged=False)
         assert cli.main(["serve", str(run.path), "--print"]) == 2
         assert f"packtrain merge {run.path}" in capsys.readouterr().err
@@ -349,6 +349,19 @@ class TestTellsWhatIsWrong:
         assert cli.main(["serve", str(tmp_path / "lone"), "--print"]) == 2
         assert field in (err := capsys.readouterr().err) and "packtrain merge" in err
 
+    def test_an_adapter_in_float32_is_merged_first(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["serve", str(run.adapter), "--print"]) == 2
+        assert "computes adapters in 16 bits" in (err := capsys.readouterr().err) and "packtrain merge" in err
+
+    def test_a_decilm(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+        lone = run.path / "lone"
+        shutil.copytree(run.merged, lone)
+        (lone / "manifest.json").unlink()
+        config = json.loads((lone / "config.json").read_text())
+        (lone / "config.json").write_text(json.dumps({**config, "num_key_value_heads_per_layer": [1, 2]}))
+        assert cli.main(["serve", str(lone), "--print"]) == 2
+        assert "DeciLM" in capsys.readouterr().err
+
 
 class TestCommand:
     def test_of_a_merged_model(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,7 +379,8 @@ class TestCommand:
         """The template and the stop token trained with are the adapter's, not the base's."""
         template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|pad|>{% endfor %}"
         template += "{% if add_generation_prompt %}[assistant]{% endif %}"
-        config = toy_recipe(adapter={"r": 20}, data={"template": template})
+        model = {"dtype": "bfloat16"}
+        config = toy_recipe(model=model, adapter={"r": 20}, data={"template": template})
         run = finished_run(tmp_path / "my=run, v2", config, merged=False)
         found = options_of(command := printed_command(capsys, str(run.path), "--name", "mine"))
         assert command[2] == str(toy_model_dir) and found["--max-lora-rank"] == "32" and "--enable-lora" in command

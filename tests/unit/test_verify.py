@@ -130,7 +130,7 @@ class TestPlantedFaults:
         from trainer.export.verify import Verifier
 
         with torch.no_grad():
-            untouched = Verifier(run / "merged")._read(f"base_model.model.{Q_PROJ}")
+            untouched = Verifier(run / "merged").read_trained(f"base_model.model.{Q_PROJ}")
         self.change(run, Q_PROJ, lambda _: untouched)
         self.catch(run, "q_proj.weight is the base's, although its adapter is not zero")
 
@@ -178,6 +178,26 @@ class TestPlantedFaults:
     def test_stop_token_lost(self, run: Path) -> None:
         self.rewrite(run / "merged" / "generation_config.json", eos_token_id=5)
         self.catch(run, "without the trained stop token")
+
+    def test_stop_token_that_is_none(self, run: Path) -> None:
+        self.rewrite(run / "merged" / "generation_config.json", eos_token_id=[2, 65])
+        self.catch(run, "neither training nor base end answers at 65")
+
+    @pytest.mark.parametrize(
+        ("name", "match"),
+        [
+            ("tokenizer.json", "tokenizer: cannot be loaded, a file of it is missing"),
+            ("tokenizer_config.json", "tokenizer: bos_token is None"),
+            ("chat_template.jinja", "tokenizer: chat_template is None"),
+            ("generation_config.json", "without the trained stop token"),
+            ("config.json", "config.json is missing"),
+        ],
+    )
+    def test_file_missing(self, run: Path, name: str, match: str) -> None:
+        (run / "merged" / name).unlink()
+        with pytest.raises(PacktrainError, match=f"{name}.*missing"):
+            verify_export(run)
+        self.catch(run, match)
 
     def test_tokenizer_of_another_model(self, run: Path) -> None:
         file = run / "merged" / "tokenizer.json"

@@ -7,7 +7,6 @@ quantised base. Everything is float32 and streamed layer by layer, so a 70B mode
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, hash_file, read_manifest
 from trainer.checkpoint.result import Result, enclosing_run, find_result
@@ -35,6 +33,7 @@ from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.merge import tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
+from trainer.export.verify_files import compare_ends, compare_tokenizer, read_exported_config
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, dynamic_map
@@ -123,7 +122,7 @@ class Verifier:
         self._check_base()
         self.adapter_tensors = load_file(self.result.folder / ADAPTER_WEIGHTS)
         self.dtype = getattr(torch, self.manifest["dtype"])
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = read_exported_config(folder)
         self.peft_model = self._build_peft()
         self.num_adapted, self.rounded_otherwise = 0, 0.0
 
@@ -132,26 +131,14 @@ class Verifier:
         tokenizer, template_name = tokenizer_of_result(self.result, self.base)
         stop_tokens = stop_token_ids(load_template(template_name, tokenizer), tokenizer)
         wanted = tokenizer_as_trained(tokenizer, template_name)
-        found = AutoTokenizer.from_pretrained(self.folder)
-        problems = [
-            f"tokenizer: {what} is {getattr(found, what)!r}, trained with {getattr(wanted, what)!r}"
-            for what in ("bos_token", "eos_token", "chat_template")
-            if getattr(found, what) != getattr(wanted, what)
-        ]
-        if found.get_vocab() != wanted.get_vocab():
-            problems.append(f"tokenizer: {len(found)} tokens that are not the {len(wanted)} trained with")
-        elif any(found(text).input_ids != wanted(text).input_ids for text in PROMPTS):
-            problems.append("tokenizer: splits text otherwise than the one trained with")
+        problems = compare_tokenizer(self.folder, wanted, PROMPTS)
         listed = set(self.manifest["files"])
         problems += [
             f"{file.name} is not of this merge, and a server may load it"
             for file in sorted(self.folder.glob("*.safetensors"))
             if file.name not in listed
         ]
-        settings = self._generation_ends()
-        if missing := [i for i in stop_tokens if i not in settings]:
-            problems.append(f"generation_config.json: ends at {settings}, without the trained stop token {missing[0]}")
-        return problems + self._compare_names()
+        return problems + compare_ends(self.folder, self.base, stop_tokens) + self._compare_names()
 
     def compare_tensors(self) -> list[str]:
         """Every tensor against PEFT's merge in float32, rounded; those without adapter bitwise against the base."""
@@ -159,7 +146,7 @@ class Verifier:
         adapted = {}
         for name, module in self.peft_model.named_modules():
             if isinstance(module, LoraLayer):
-                adapted[f"{_base_name(name)}.weight"] = (name, module)
+                adapted[f"{base_name(name)}.weight"] = (name, module)
         self.num_adapted = len(adapted)
         for tensor in self.merged.shapes:
             found = self._read_trained_heads(tensor)
@@ -169,7 +156,7 @@ class Verifier:
                 problems.append(f"{tensor} is {found.dtype}, and the manifest says {self.dtype}")
             elif tensor in adapted:
                 problems += self._compare_adapted(tensor, found, *adapted[tensor])
-            elif not torch.equal(found, self._read(f"base_model.model.{tensor}").to(self.dtype)):
+            elif not torch.equal(found, self.read_trained(f"base_model.model.{tensor}").to(self.dtype)):
                 problems.append(f"{tensor} has no adapter, and differs from the {self.manifest['merged_onto']} base")
         return problems
 
@@ -182,9 +169,9 @@ class Verifier:
         prompts, source = self._prompts()
         described = f"{len(prompts)} {source}"
         try:
-            tuned = run_streamed(self.peft_model, self._read, prompts, self.device)
+            tuned = run_streamed(self.peft_model, self.read_trained, prompts, self.device)
             with self.peft_model.disable_adapter():
-                base = run_streamed(self.peft_model, self._read, prompts, self.device)
+                base = run_streamed(self.peft_model, self.read_trained, prompts, self.device)
             merged = run_streamed(build_empty(self.config), self._read_merged, prompts, self.device)
         except (KeyError, RuntimeError) as failure:
             if not problems:
@@ -196,9 +183,10 @@ class Verifier:
         # `not <=` so that NaN counts as an error; without any effect nothing may differ at all
         if not error <= MAX_LOGIT_ERROR * effect:
             ratio = (error / effect).item() if effect > 0 else float("inf")
-            problems.append(
+            problems.insert(  # the first, so that no list of tensors hides it
+                0,
                 f"logits differ from base + adapter by {ratio:.3g} of the adapter's own effect, at most "
-                f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}"
+                f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}",
             )
             if len(problems) == 1 and self.dtype != torch.float32:
                 problems.append(
@@ -231,13 +219,9 @@ class Verifier:
             )
 
     def _build_peft(self) -> Any:
-        """PEFT's own reading of adapter and configuration, around a model without storage."""
-        config = PeftConfig.from_pretrained(str(self.result.folder))
-        config.inference_mode = True
         shape = copy.deepcopy(self.base.config)
         shape.vocab_size = self.config.vocab_size
-        model = PeftModel(build_empty(shape), config, low_cpu_mem_usage=True)
-        return model.eval()
+        return build_peft(shape, self.result.folder)
 
     def _compare_names(self) -> list[str]:
         tied = {HEAD} if self.config.tie_word_embeddings else set()
@@ -253,7 +237,7 @@ class Verifier:
 
     def _compare_adapted(self, tensor: str, found: torch.Tensor, name: str, module: Any) -> list[str]:
         # A copy, because PEFT merges in place and a read may be a view of the base's mapped file.
-        with weights_of(module, f"{name}.", lambda parameter: self._read(parameter).clone()):
+        with weights_of(module, f"{name}.", lambda parameter: self.read_trained(parameter).clone()):
             weight = module.get_base_layer().weight
             before = weight.detach().clone()
             is_zero = not bool(module.lora_B["default"].weight.any()) and not module.use_dora["default"]
@@ -282,7 +266,7 @@ class Verifier:
             return [f"{tensor}: {share:.1%} of the elements lie one step beside the rounding of PEFT's float32 merge"]
         return []
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read_trained(self, name: str) -> torch.Tensor:
         """A parameter of the PEFT model by its name there, in float32: from the adapter's file or the base."""
         self._look()
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
@@ -290,7 +274,7 @@ class Verifier:
         is_original = ".original_module." in name
         if key in self.adapter_tensors and not is_original:
             return self.adapter_tensors[key].to(self.device, torch.float32)
-        tensor = _base_name(key)
+        tensor = base_name(key)
         source = EMBEDDING if tensor == HEAD and HEAD not in self.base.shapes else tensor
         weight = self.base.read(source, self.device).to(self.dtype)
         quantization = self.manifest["quantization"]
@@ -314,11 +298,6 @@ class Verifier:
         self._look()
         source = EMBEDDING if name == HEAD and HEAD not in self.merged.shapes else name
         return self.merged.read(source, self.device).to(torch.float32)
-
-    def _generation_ends(self) -> list[int]:
-        file = self.folder / "generation_config.json"
-        ends = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
     def _prompts(self) -> tuple[list[list[int]], str]:
         """Prompts of the run's own rows, or fixed ones where there is no run or its data is gone."""
@@ -348,16 +327,28 @@ def _render_prompts(examples: Iterator[Example], template: Template, tokenizer: 
             yield ids
 
 
+def find_merged(folder: Path) -> Path | None:
+    """`folder` where packtrain merged it, or the merged one inside a run dir; None where there is none."""
+    places = (folder, RunDir(folder).merged)
+    return next((p for p in places if (p / MANIFEST).exists() and read_manifest(p).get("kind") == "merged"), None)
+
+
 def _merged_folder(folder: Path) -> Path:
-    for place in (folder, RunDir(folder).merged):
-        if (place / MANIFEST).exists() and read_manifest(place).get("kind") == "merged":
-            return place
+    if merged := find_merged(folder):
+        return merged
     raise UserError(
         str(folder), "holds no model that packtrain merged", "a merged folder, or a run dir with merged/", "merge first"
     )
 
 
-def _base_name(name: str) -> str:
+def build_peft(config: Any, adapter: Path) -> Any:
+    """PEFT's own reading of an adapter's configuration, around a model without storage."""
+    peft_config = PeftConfig.from_pretrained(str(adapter))
+    peft_config.inference_mode = True
+    return PeftModel(build_empty(config), peft_config, low_cpu_mem_usage=True).eval()
+
+
+def base_name(name: str) -> str:
     """A PEFT module's or parameter's name in the plain model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
 
