@@ -16,7 +16,7 @@ def cancel(run_dir: Path, *, now: bool = False) -> None:
 
     Args:
         run_dir: folder of a submitted run, or of a sweep.
-        now: end it at once, without a checkpoint.
+        now: end it at once, without waiting for a checkpoint.
     """
     from slurm.cancel import cancel as cancel_runs
 
@@ -34,8 +34,8 @@ def _outcome(one: Cancelled, now: bool) -> str:
 
     job, run = one.after, RunDir(one.run_dir)
     saved = run.steps()
-    kept = f"step {saved[-1]} is saved" if saved else "no checkpoint"
-    followers = f"; and {len(one.then)} job{'s' * (len(one.then) > 1)} that would have followed" if one.then else ""
+    kept = f"step {saved[-1]} is saved" if saved else "it has no checkpoint"
+    followers = f"; cancelled what would have followed: job {', '.join(one.then)}" if one.then else ""
     if one.before.is_gone:
         return f"was over; cancelled what would have followed it: job {', '.join(one.then)}"
     if one.is_over and run.read_state().get("state") == "done":

@@ -21,10 +21,12 @@ COMMANDS = {  # name -> where its function is, and its line in the list of comma
     "logs": ("launch.logs:logs", "Show what a run prints; -f follows it across restarts."),
     "cancel": ("launch.cancel:cancel", "Have a submitted run save a checkpoint and stop for good."),
     "merge": ("launch.export:merge", "Merge a run's adapter into its base."),
-    "evaluate": ("launch.inference:evaluate", "Loss, perplexity and exact match on a split."),
+    "evaluate": ("launch.evaluate:evaluate", "Loss, accuracy and exact match of models on a split, in one table."),
     "verify": ("launch.export:verify", "Prove that a merged model is the one that was trained."),
     "generate": ("launch.inference:generate", "Answer prompts."),
     "chat": ("launch.inference:chat", "Talk with a model."),
+    "serve": ("launch.serve:serve", "Serve a model by vLLM, proven to read prompts as in training."),
+    "push": ("launch.push:push", "Send an adapter or a model to the Hugging Face Hub, with its card."),
     "report": ("launch.report:report", "Write one offline HTML page about a run."),
     "doctor": ("launch.doctor:doctor", "Check this host, its environment and its cluster; say how to mend what fails."),
 }

@@ -105,10 +105,10 @@ def measure(model: str, name: str, examples: list[Row]) -> Measured:
     packtrain(*evaluate, "test", "--json", str(test))
     prompts = [argument for row in examples for argument in ("--prompt", prompt_of(row))]
     packtrain("generate", model, *prompts, "--max-new-tokens", "16", "--out", str(answers))
-    on_test = json.loads(test.read_text())
+    (on_validation,), (on_test,) = (json.loads(file.read_text()) for file in (validation, test))
     assert on_test["rows"] == NUM_TEST
     return Measured(
-        json.loads(validation.read_text())["loss"],
+        on_validation["loss"],
         on_test["exact_match"],
         [json.loads(line)["answer"] for line in answers.read_text().splitlines()],
     )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trainer.export.parity import ParityReport
+    from trainer.export.verify import VerifyReport
 
 
 def merge(
@@ -20,7 +24,7 @@ def merge(
     Args:
         source: run dir (its best checkpoint, else the newest), a checkpoint of it, or an adapter in PEFT's format.
         out: appears only when complete; default: merged/ in the run dir.
-        base: merge onto the weights trained on, 4-bit ones dequantised, or onto the 16-bit ones.
+        base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
     """
     from trainer.checkpoint.layout import RunDir
     from trainer.checkpoint.result import find_result
@@ -50,17 +54,33 @@ def merge(
     )
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, *, vllm: bool = False) -> None:
     """Prove that a merged model is base and adapter as trained: hashes, tensors, logits, tokenizer, stop token.
 
     What merging did to the loss of some validation rows is written into the folder's manifest and card.
 
     Args:
-        folder: merged folder, or a run dir that has one.
+        folder: merged folder, or a run dir that has one; with --vllm also a whole model, or an adapter that is served
+            unmerged.
+        vllm: prove as well that vLLM serves what was trained: prompts, log-probabilities, adapter and stop token on 100
+            rows or more.
     """
-    from trainer.export.verify import verify_export
+    from trainer.errors import UserError
+    from trainer.export.verify import find_merged, verify_export
+    from trainer.servable import vllm_is_usable
 
-    report = verify_export(folder)
+    if vllm and not vllm_is_usable():
+        found = "vLLM is not installed here, or no GPU is visible"
+        raise UserError("--vllm", found, fix="install the extra `serve` on a host with a GPU")
+    if not vllm or find_merged(folder):
+        _print_proof(verify_export(folder))
+    if vllm:
+        from trainer.export.parity import check_parity
+
+        _print_parity(check_parity(folder))
+
+
+def _print_proof(report: VerifyReport) -> None:
     print(
         f"{report.folder} is the model that was trained ({report.computed}, {report.seconds:.1f} s)\n"
         f"  tensors: {report.tensors} compared with PEFT's float32 merge onto the {report.merged_onto} base, "
@@ -70,4 +90,23 @@ def verify(folder: Path) -> None:
         f"{report.adapter_effect:.2%} of the base's logits; over {report.prompts}\n"
         "  hashes, tokenizer, chat template and stop tokens agree"
         + (f"\n  validation loss: {report.validation}" if report.validation else "")
+    )
+
+
+def _print_parity(report: ParityReport) -> None:
+    from trainer.export.parity import MAX_MEAN_DIFFERENCE
+
+    effect = (
+        "no base to compare with" if report.effect is None else f"differs from its base by {report.effect:.3g} nats"
+    )
+    stopped = "no reference tells" if report.stopped is None else f"{report.stopped:.0%} of the answers"
+    print(
+        f"{report.engine} serves {report.folder} as it was trained ({report.seconds:.1f} s)\n"
+        f"  prompts: {report.conversations} conversations are asked in the tokens trained on; {report.prompts}\n"
+        f"  log-probabilities: off by {report.mean_difference:.2g} nats on average (at most {MAX_MEAN_DIFFERENCE} "
+        f"allowed) and {report.largest_difference:.2g} at most over {report.tokens:,} tokens, beside transformers in "
+        f"{report.computed}; the likeliest token agrees at all {report.tops:,} places with a margin of more than "
+        f"{report.margin:.2g}\n"
+        f"  {report.served}: {effect}\n"
+        f"  ends at the trained stop token: {stopped}"
     )

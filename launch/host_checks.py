@@ -178,7 +178,11 @@ def check_hub() -> list[Check]:
     offline = [
         name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("", "0")
     ]
-    found = f"offline by {', '.join(offline)}" if offline else "online; jobs on nodes run offline from the model cache"
+    found = (
+        f"offline by {', '.join(offline)}"
+        if offline
+        else "not set to offline; jobs on nodes run offline from the model cache"
+    )
     home = os.environ.get("HF_HOME")
     return [Check("Hugging Face", "ok", f"{found}; HF_HOME {home or 'is not set: ~/.cache/huggingface'}")]
 

@@ -1,4 +1,4 @@
-"""`packtrain evaluate`, `generate` and `chat`: what a trained model is worth, and what it says."""
+"""`packtrain generate` and `chat`: what a trained model says."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    from trainer.evaluate import EvaluationResult
-    from trainer.generate import InferenceModel
 
 SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
     "max_new_tokens": (int, lambda value: value >= 1, "a whole number of at least 1"),
@@ -26,36 +22,7 @@ SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
     "num_beams": (int, lambda value: value >= 1, "a whole number of at least 1"),
 }
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
-
-
-def evaluate(
-    folder: Path,
-    *,
-    split: Literal["train", "validation", "test"] = "validation",
-    recipe: Path | None = None,
-    exact_match: bool = True,
-    max_rows: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
-    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
-) -> None:
-    """Loss, perplexity and exact match on a split, as a table and json.
-
-    Args:
-        folder: run dir, merged or plain model, or adapter folder.
-        split: which rows.
-        recipe: names the data; default: the recipe the folder was trained with.
-        exact_match: also answer the split's prompts greedily and compare.
-        max_rows: answer only the first so many prompts.
-        json_file: write the figures there too.
-    """
-    from dataclasses import asdict
-
-    from trainer.evaluate import evaluate_folder
-
-    result = evaluate_folder(folder, recipe, split, exact_match, max_rows)
-    _print_table(folder, result)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"folder": str(folder), **asdict(result)}, indent=1) + "\n", encoding="utf-8")
+Engine = Literal["auto", "vllm", "transformers"]
 
 
 def generate(
@@ -68,6 +35,7 @@ def generate(
     top_p: float = 1.0,
     num_beams: int = 1,
     seed: Seed = 0,
+    engine: Engine = "auto",
     out: Path | None = None,
 ) -> None:
     """Answers prompts, asked in the tokens the model was trained on.
@@ -82,6 +50,7 @@ def generate(
         top_p: share of probability that sampling draws from.
         num_beams: width of the beam search.
         seed: of the sampling.
+        engine: what computes the answers; auto: vLLM where it is installed and a GPU is visible, else transformers.
         out: write one JSON object a line there instead of printing the answers.
     """
     defaults: dict[str, Any] = {
@@ -99,7 +68,7 @@ def generate(
         raise UserError("--prompt", "no prompt is given", "--prompt TEXT (any number) or --prompts FILE")
     if out and out.exists():
         raise UserError("--out", f"{out} exists", "a file that does not exist yet", "remove it or name another")
-    answers = _answer(folder, requests, seed)
+    answers = _answer(folder, requests, seed, engine)
     records = [{**request, "answer": answer} for request, answer in zip(requests, answers, strict=True)]
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +88,7 @@ def chat(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: Seed = 0,
+    engine: Engine = "auto",
 ) -> None:
     """Talks with a model; it sees the conversation so far. /reset forgets it, /exit or end of input leaves.
 
@@ -129,15 +99,15 @@ def chat(
         temperature: 0 always takes the likeliest token.
         top_p: share of probability that sampling draws from.
         seed: of the sampling.
+        engine: what computes the answers; auto: vLLM where it is installed and a GPU is visible, else transformers,
+            whose answers come word by word.
     """
-    import torch
     from transformers import TextStreamer
 
-    from trainer.generate import load_for_inference
+    from trainer.answering import load_answerer
 
     _check_sampling({"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p})
-    loaded = load_for_inference(folder)
-    torch.manual_seed(seed)
+    loaded = load_answerer(folder, engine, seed)
     beginning = [{"role": "system", "content": system}] if system else []
     history = list(beginning)
     while (text := _read_line()) is not None:
@@ -166,14 +136,12 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(folder: Path, requests: list[dict[str, Any]], seed: int) -> list[str]:
+def _answer(folder: Path, requests: list[dict[str, Any]], seed: int, engine: Engine) -> list[str]:
     """Answers in the order of `requests`; those with equal settings share batches."""
-    import torch
+    from trainer.answering import load_answerer
 
-    from trainer.generate import load_for_inference
-
-    loaded: InferenceModel = load_for_inference(folder)
-    torch.manual_seed(seed)
+    beams = any(request["num_beams"] > 1 for request in requests)
+    loaded = load_answerer(folder, engine, seed, beams=beams)
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(tuple(sorted((k, request[k]) for k in SAMPLING)), []).append(index)
@@ -228,29 +196,12 @@ def _check_sampling(settings: dict[str, Any], where: str = "--") -> None:
 
 
 def _check_conversation(where: str, request: dict[str, Any]) -> None:
-    from trainer.data.formats import FORMATS, BadRow
+    from trainer.data.formats import FORMATS, BadRow, check_characters
 
     messages = [{"role": "user", "content": request["prompt"]}] if "prompt" in request else request["messages"]
     try:
         FORMATS["messages"].to_messages({"messages": messages})
+        check_characters(messages)
     except BadRow as error:
         allowed = 'a prompt of text, or messages: [{"role": "user", "content": "..."}]'
         raise UserError(where, str(error), allowed) from error
-
-
-def _print_table(folder: Path, result: EvaluationResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{folder} on {result.split}")
-    cells = {
-        "loss": f"{result.loss:.4f}",
-        "perplexity": f"{result.perplexity:.3f}",
-        "exact match": "-" if result.exact_match is None else f"{result.exact_match:.3f}",
-        "rows": f"{result.rows:,}",
-        "trained tokens": f"{result.tokens:,}",
-    }
-    for name in cells:
-        table.add_column(name, justify="right")
-    table.add_row(*cells.values())
-    Console().print(table)

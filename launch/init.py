@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from trainer.config import RowFormat
+from trainer.data.formats import FORMATS
 from trainer.errors import UserError
 from trainer.recipe_schema import Loc, alternatives, describe, schema_at, takes_null
 from trainer.recipe_yaml import dump_inline
@@ -42,14 +43,16 @@ def init(
         data: file or hub id of the training rows.
         format: how the rows are read.
         columns: the format's field and the data set's column, where they differ: --columns.output response.
-        method: full trains every weight, lora an adapter on a 16-bit base, qlora one on a 4-bit base.
+        method: full trains every weight, lora an adapter on a 16-bit base, qlora one on a quantised base.
         gpu_memory: GiB of the GPU it will run on.
         out: where to write; an existing file is not touched.
     """
+    if unknown := sorted(set(columns or {}) - set(FORMATS[format].fields)):
+        raise UserError(f"--columns.{unknown[0]}", f"is no field of {format}", ", ".join(FORMATS[format].fields))
     chosen = choose_fields(model, data, format, columns or {}, method, gpu_memory)
     hardware = f"one GPU of {gpu_memory:g} GiB" if gpu_memory else "one GPU"
     header = f"""\
-# {model} on {data}: {method}, {hardware}
+# {_one_line(model)} on {_one_line(data)}: {method}, {hardware}
 #
 #   packtrain preprocess {out} --show 3    what is trained on
 #   packtrain train {out}                  trains, and resumes when called again
@@ -65,6 +68,10 @@ def init(
             "--out", f"{out} exists", "a file that does not exist yet", "remove it or name another"
         ) from error
     print(f"wrote {out}")
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def choose_fields(
@@ -93,7 +100,7 @@ def choose_fields(
         fields["adapter"] = {"r": 16, "alpha": 32.0, "targets": "all-linear"}
         fields["export"] = {"merge": True}
     if method == "qlora":
-        fields["quantization"] = {"type": "nf4", "double_quant": True}
+        fields["quantization"] = {"type": "nf4"}
         fields["optim"]["max_grad_norm"] = 0.3  # as in the QLoRA paper
     if gpu_memory and not _fits(model, method, gpu_memory):
         if method != "full" or not _fits(model, "full in 16 bit", gpu_memory):

@@ -51,7 +51,7 @@ class Rank:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
 
     @property
@@ -104,7 +104,7 @@ def run_processes(command: Sequence[str], num_processes: int, environ: Mapping[s
     }
     shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     ranks: list[Rank] = []
-    with _received_signals() as received:
+    with received_signals() as received:
         try:
             for rank in range(num_processes):
                 ranks.append(Rank(command, rank, shared, logs))
@@ -181,7 +181,7 @@ def _exit_status(ranks: Sequence[Rank], first_failed: tuple[Rank, int] | None, r
     exit_status = EXIT_USER_ERROR if EXIT_USER_ERROR in statuses else EXIT_FAILURE
     if ranks[0].status == EXIT_USER_ERROR or (rank.rank == 0 and status > 0):
         return exit_status
-    error = PacktrainError("\n".join(filter(None, [f"rank {rank.rank} {_how(status)}", rank.last_lines()])))
+    error = PacktrainError("\n".join(filter(None, [f"rank {rank.rank} {how_it_ended(status)}", rank.last_lines()])))
     error.exit_status = exit_status
     raise error
 
@@ -195,7 +195,8 @@ def _tail(file: Path, start: int) -> str:
         return opened.read().decode(errors="replace")
 
 
-def _how(status: int) -> str:
+def how_it_ended(status: int) -> str:
+    """An exit status in words; a signal's number is negative."""
     if status >= 0:
         return f"ended with status {status}"
     name = signal.Signals(-status).name
@@ -203,7 +204,7 @@ def _how(status: int) -> str:
 
 
 @contextlib.contextmanager
-def _received_signals() -> Iterator[list[int]]:
+def received_signals() -> Iterator[list[int]]:
     """Signals as they come in; nothing else happens on them. Those that were ignored stay so (nohup)."""
     received: list[int] = []
 
@@ -218,12 +219,12 @@ def _received_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """For a child before it becomes the command: the kernel kills it when the launcher dies, however that is."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> Callable[[], None]:
+    """For a child before it becomes the command: the kernel sends it `number` when the launcher dies, in any way."""
     libc = ctypes.CDLL(None)
 
     def prepare() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died before it was asked for
             os._exit(EXIT_FAILURE)
 

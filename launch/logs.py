@@ -26,7 +26,7 @@ def logs(
     rank: str = "0",
     lines: Annotated[int, Parameter(validator=Number(gte=0))] = 40,
 ) -> None:
-    """Show the last lines of a run: what rank 0 logs, and what its job prints.
+    """Show the last lines of a run: what rank 0 logs, and what its job prints; and where jobs that follow it log.
 
     Args:
         run_dir: folder of a run, submitted or not.
@@ -56,10 +56,12 @@ def logs(
             log.add(path)
         for line in log.last_lines(lines):
             show(number, line)
-    if follow:
-        follow_logs(run_dir, ranks, wanted, show, _tell)
-    elif status and (not is_over(status) or not ranks):
+    if status is None:
+        status = follow_logs(run_dir, ranks, wanted, show, _tell)
+    elif not is_over(status) or not ranks:
         _tell(status)
+    for follower in status.then:
+        print(f"-- then {follower.command}: {follower.text}", file=sys.stderr)
 
 
 def _check_rank(run_dir: Path, rank: str, known: Sequence[int], follow: bool) -> None:

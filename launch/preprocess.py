@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,12 +83,19 @@ def figures(splits: Splits) -> list[tuple[str, list[str]]]:
     reports = list(splits.reports.values())
     reasons = list(dict.fromkeys(reason for report in reports for reason in report.dropped))
 
+    by_source = [packs.rows.sources() for _, packs in splits.items()]
+    sources = list(dict.fromkeys(source for found in by_source for source in found))
+
     def line(name: str, cell: Any) -> tuple[str, list[str]]:
         return name, [cell(report) for report in reports]
+
+    def of_source(source: str) -> tuple[str, list[str]]:
+        return f"  of {source}", [f"{len(found.get(source, [])):,}" for found in by_source]
 
     return [
         ("", list(splits.reports)),
         line("rows", lambda r: f"{r.rows:,}"),
+        *(of_source(source) for source in sources if len(sources) > 1),
         line("dropped", lambda r: f"{sum(r.dropped.values()):,}"),
         *(line(f"  {reason}", lambda r, why=reason: f"{r.dropped.get(why, 0):,}") for reason in reasons),
         line("cut to pack_length", lambda r: f"{r.truncated:,}"),
@@ -124,8 +131,13 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
 
 
 def _shown_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ShownRow]:
+    """By turns of each data set, and none twice that is trained on several times."""
     rows = splits.train.rows
-    return [_shown_row(rows[i], tokenizer) for i in range(min(count, len(rows)))]
+    origins = rows.origins()
+    first = {origin: i for i, origin in reversed(list(enumerate(origins)))}
+    distinct = [[i for i in of_source if first[origins[i]] == i] for of_source in rows.sources().values()]
+    by_turns = [i for turn in zip_longest(*distinct) for i in turn if i is not None]
+    return [_shown_row(rows[i], tokenizer) for i in by_turns[:count]]
 
 
 def _shown_row(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> ShownRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ from launch.tables import as_texts, new_console, new_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slurm.queue import JobState
     from slurm.status import RunStatus, SweepStatus
 
 ROOT = Path("runs")
 NARROW = 120  # columns; below, the nodes get no column of their own
+MOST_DETAILS = 5  # of runs of one state, below a table
 STATE_STYLE = {
     "running": "green",
     "done": "bold green",
@@ -152,8 +153,7 @@ def _print_overview(found: Sequence[RunStatus | SweepStatus]) -> None:
     for one in found:
         if isinstance(one, SweepStatus):
             console.print(f"[dim]{escape(_name(one.folder))}[/]: a sweep, {_counted(one)}")
-        else:
-            _print_notes(console, one, show_nodes=not is_wide)
+    _print_notes(console, [one for one in found if not isinstance(one, SweepStatus)], show_nodes=not is_wide)
     _print_trouble(console, [run for one in found for run in (one.runs if isinstance(one, SweepStatus) else [one])])
 
 
@@ -169,8 +169,7 @@ def _print_sweep(sweep: SweepStatus) -> None:
         fields = [str(values.get(field, "")) for field in sweep.fields]
         table.add_row(*as_texts(fields), _state(run), step, loss, validation, best, speed, left, hours)
     console.print(table)
-    for run in sweep.runs:
-        _print_notes(console, run, show_nodes=False)
+    _print_notes(console, sweep.runs, show_nodes=False)
     _print_trouble(console, sweep.runs)
 
 
@@ -220,27 +219,16 @@ def _facts(run: RunStatus) -> dict[str, str]:
     if job:
         limit = f" of {duration(job.time_limit * 60)}" if job.time_limit else ""
         ran = f" for {duration(job.elapsed)}{limit}" if job.elapsed else ""
-        state = _job_state(job)
-        facts["job"] = f"{job.job_id} {state}{ran}, submitted {clock(float(submission.get('submitted', 0)))}"
+        facts["job"] = f"{job.job_id} {job.text}{ran}, submitted {clock(float(submission.get('submitted', 0)))}"
         where = run.nodes or f"{submission.get('nodes')}"
         facts["nodes"] = f"{where}, {submission.get('gpus_per_node')} GPUs each"
         facts["restarts"] = f"{run.history.restarts} of at most {submission.get('max_restarts')}"
         facts["GPU-hours"] = f"{run.gpu_hours:.2f}"
     for follower in run.then:
-        waits = f" ({follower.job.reason})" if follower.job.is_waiting and follower.job.reason else ""
-        log = f", log {follower.log}" if os.path.exists(follower.log) else ""
-        facts[f"then {follower.command}"] = f"job {follower.job.job_id} {_job_state(follower.job)}{waits}{log}"
+        facts[f"then {follower.command}"] = follower.text
     if run.blamed:
         facts["at fault"] = ", ".join(f"{node} ({times}x)" for node, times in run.blamed.items())
     return facts
-
-
-def _job_state(job: JobState) -> str:
-    from slurm.queue import UNKNOWN
-
-    if job.state != UNKNOWN:
-        return job.state
-    return f"({job.reason})" if job.answered else "(unknown)"
 
 
 def _attempts(run: RunStatus) -> Any:
@@ -267,15 +255,23 @@ def _attempts(run: RunStatus) -> Any:
     return table
 
 
-def _print_notes(console: Console, run: RunStatus, show_nodes: bool) -> None:
-    """What does not fit into the run's row."""
+def _print_notes(console: Console, runs: Sequence[RunStatus], show_nodes: bool) -> None:
+    """What does not fit into the runs' rows; of many alike, the first few."""
     from rich.text import Text
 
-    notes = [(run.detail, "")] if run.detail and run.state != "done" else []
-    if show_nodes and run.nodes and run.state == "running":
-        notes.append((f"on {run.nodes}", ""))
-    for text, style in [*notes, *((warning, ATTENTION) for warning in run.warnings)]:
-        console.print(Text.assemble((_name(run.run_dir), "dim"), ": ", (text, style)))
+    detailed: Counter[str] = Counter()
+    for run in runs:
+        notes: list[tuple[str, str]] = []
+        if run.detail and run.state != "done":
+            detailed[run.state] += 1
+            notes += [(run.detail, "")] if detailed[run.state] <= MOST_DETAILS else []
+        if show_nodes and run.nodes and run.state == "running":
+            notes.append((f"on {run.nodes}", ""))
+        for text, style in [*notes, *((warning, ATTENTION) for warning in run.warnings)]:
+            console.print(Text.assemble((_name(run.run_dir), "dim"), ": ", (text, style)))
+    for state, number in detailed.items():
+        if number > MOST_DETAILS:
+            console.print(Text(f"and {number - MOST_DETAILS} more {state}: packtrain status RUN_DIR says why", "dim"))
 
 
 def _print_trouble(console: Console, runs: Sequence[RunStatus]) -> None:

@@ -42,12 +42,14 @@ def submit(
             default: ~/.config/packtrain/cluster.yaml where that exists.
         array: field=value,value: a run for each combination, as one array; may be given several times. The same
             command again queues those that are not done.
-        then: commands that follow when a run is done, such as merge,verify; each a job of its own.
+        then: commands that follow when a run is done, such as merge,verify; each a job of its own. The same command
+            again queues those that failed or were cancelled.
         dry_run: show the job's script, what it may cost and SLURM's verdict on it; queue nothing.
         overrides: dotted field -> value, laid over the recipe.
     """
     from slurm.cluster import find_profile
-    from slurm.submit import ask_sbatch, plan
+    from slurm.sbatch import ask_sbatch
+    from slurm.submit import plan
     from slurm.sweep import expand
 
     asked = _asked(overrides or {}, nodes, gpus_per_node)
@@ -57,20 +59,20 @@ def submit(
     configs = _load(recipe, asked, profile, variations)
     commands = [command.strip() for command in then.split(",")] if then else []
     found = plan(configs, home, variations, commands)
-    if not found.run_dirs:
+    if not found.run_dirs and not found.missing:
         what = "every run is done or queued" if variations else "this run is done"
         print(f"{home}: {what}; nothing to submit (packtrain status {home})")
         return
-    verdict = ask_sbatch(found.script)
+    verdict = ask_sbatch(found.script) if found.run_dirs else ""
     if dry_run:
-        print(found.script, end="\n\n")
-        print(f"{_cost(found)}\nSLURM: {verdict}\nnothing was queued (--dry-run)")
+        if found.run_dirs:
+            print(f"{found.script}\n\n{_cost(found)}\nSLURM: {verdict}")
+        print(*(one.text for one in found.missing), "nothing was queued (--dry-run)", sep="\n")
         return
     from slurm.prepare import prepare
     from slurm.submit import submit as queue
 
-    prepare(found.configs)
-    _tell(found, queue(found), home)
+    _tell(found, queue(found, prepare(found.configs)), home)
 
 
 def _asked(overrides: dict[str, Any], nodes: str | None, gpus_per_node: str | None) -> dict[str, Any]:
@@ -89,7 +91,17 @@ def _load(
         if twice := overrides.keys() & variation.values.keys():
             raise UserError(f"--{twice.pop()}", "given once, and varied by --array", fix="keep one of them")
     values: list[dict[str, str]] = [variation.values for variation in variations] or [{}]
-    return [load_recipe(recipe, overrides | one, profile) for one in values]
+    configs = [load_recipe(recipe, overrides | one, profile) for one in values]
+    _check_all_differ(configs, variations)
+    return configs
+
+
+def _check_all_differ(configs: list[RunConfig], variations: list[Variation]) -> None:
+    """1e-4 and 0.0001 are one value, however it is written."""
+    names: dict[str, str] = {}
+    for config, variation in zip(configs, variations, strict=False):
+        if (same := names.setdefault(config.model_dump_json(), variation.name)) != variation.name:
+            raise UserError("--array", f"{same} and {variation.name} are one and the same run", fix="keep one of them")
 
 
 def _cost(found: Plan) -> str:
@@ -103,10 +115,12 @@ def _cost(found: Plan) -> str:
 
 
 def _tell(found: Plan, submitted: list[Submitted], home: Path) -> None:
-    first = submitted[0]
-    print(f"submitted as job {first.job_id.partition('_')[0]}; {_cost(found)}")
-    for follower in first.then:
-        print(f"  then {follower['command']}: job {follower['job_id'].partition('_')[0]}")
+    for first in submitted[:1]:
+        print(f"submitted as job {first.job_id.partition('_')[0]}; {_cost(found)}")
+        for follower in first.then:
+            print(f"  then {follower['command']}: job {follower['job_id'].partition('_')[0]}")
+    for missing in found.missing:
+        print(f"{missing.text}: queued")
     print(f"  packtrain status {home}")
     if len(submitted) == 1:
         print(f"  packtrain logs {home} -f")

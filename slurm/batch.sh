@@ -6,12 +6,14 @@
 #   begin                      before srun: notes the start, and goes no further with a run that was cancelled
 #   check_setup STATUS LINE    after a line of slurm.setup; where one ends this shell, `end` comes all the same
 #   end STATUS                 after srun: ends the job, or has SLURM queue it again
-#   check_not_cancelled        all that a job that follows needs of this
+#   check_not_cancelled        before srun, in a job that follows
+#   followed COMMAND STATUS    after srun there: notes how it ended
 #
 # Needs: SUBMISSION (folder of this submission, with `runs`, a run dir a line), MAX_RESTARTS, LIMIT_SECONDS, EXCLUDE.
 
 MOST_IDLE=3     # starts in a row that ended without a new checkpoint
 BLAMES=2        # times that a node is at fault before it is left out
+MOST_UNKNOWN=120 # seconds; a network's file system may show a new file a minute late
 
 begin() {
   find_run
@@ -24,10 +26,7 @@ begin() {
   if [ -e "$RUN/cancelled" ]; then
     finish 0 cancelled "packtrain cancel"
   fi
-  if is_outdated; then
-    echo "packtrain: this run was submitted again; job $JOB leaves it alone" >&2
-    exit 1
-  fi
+  check_submission
   trap 'end $?' EXIT
   printf '{"event":"start","time":%d,"job_id":"%s","restart":%d,"nodes":"%s","step":%d}\n' \
     "$(date +%s)" "$JOB" "$RESTART" "$SLURM_JOB_NODELIST" "$FIRST_STEP" >> "$RUN/attempts.jsonl"
@@ -88,11 +87,33 @@ check_not_cancelled() {
   [ ! -e "$RUN/cancelled" ] || exit 1
 }
 
-# Whether a later submission has this run.
-is_outdated() {
+# Goes no further with a job that no command knows, or that a later submission has replaced. submit notes the job in
+# job.json when sbatch has answered; where it was killed in between, nobody could see, follow or cancel this run.
+check_submission() {
+  local own=$((10#0${SUBMISSION##*/})) waited=0
+  while [ "$(noted_submission)" -lt "$own" ] && [ $((waited++)) -lt $MOST_UNKNOWN ]; do
+    sleep 1
+  done
+  if [ "$(noted_submission)" -gt "$own" ]; then
+    echo "packtrain: this run was submitted again; job $JOB leaves it alone" >&2
+    exit 1
+  elif [ "$(noted_submission)" -lt "$own" ]; then
+    echo "packtrain: packtrain submit was ended before it had noted job $JOB, which leaves the run alone: submit it again" >&2
+    exit 1
+  fi
+}
+
+# Number of the submission that job.json tells of; 0: of none.
+noted_submission() {
   local newest
   newest=$(sed -n 's/.*"submission": ".*\/\([0-9]*\)".*/\1/p' "$RUN/job.json" 2>/dev/null)
-  [ $((10#0$newest)) -gt $((10#0${SUBMISSION##*/})) ]
+  echo $((10#0$newest))
+}
+
+# A line of attempts.jsonl; the job ends as its command has.
+followed() {
+  printf '{"event":"followed","time":%d,"command":"%s","status":%d}\n' "$(date +%s)" "$1" "$2" >> "$RUN/attempts.jsonl"
+  exit "$2"
 }
 
 find_run() {

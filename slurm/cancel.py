@@ -18,6 +18,7 @@ from pathlib import Path
 
 from slurm.cluster import SlurmError, SlurmMissing, run_slurm
 from slurm.history import CANCELLED, read_job, read_sweep
+from slurm.jobs import ask, follower_ids, is_elsewhere
 from slurm.queue import JobState, job_states
 from trainer.checkpoint.layout import RunDir, write_atomically
 from trainer.errors import PacktrainError, UserError
@@ -53,30 +54,32 @@ def cancel(folder: Path, now: bool = False, seconds: float = SECONDS_TO_SEE) -> 
     """Cancels a run, or all runs of a sweep that are not over.
 
     Args:
-        now: without saving a checkpoint.
+        now: without waiting for a checkpoint; what SLURM leaves the tasks (KillWait) may do for one.
         seconds: to wait for the end.
 
     Raises:
-        UserError: nothing there that could be cancelled, or SLURM is not on this host.
+        UserError: nothing there that could be cancelled, SLURM is not on this host, or it is another cluster's.
         PacktrainError: SLURM does not answer; the marks are there.
     """
     run_dirs = _run_dirs(folder)
     if shutil.which("scancel") is None:
         raise SlurmMissing("scancel")
-    jobs = {run_dir: read_job(run_dir) for run_dir in run_dirs}
-    followers = {d: [str(one["job_id"]) for one in jobs[d].get("then", [])] for d in run_dirs}
-    states = job_states([*(str(jobs[d]["job_id"]) for d in run_dirs), *(i for d in run_dirs for i in followers[d])])
-    found = []
+    answer = ask(run_dirs)
+    jobs: list[JobState] = []
+    found: list[Cancelled] = []
     for run_dir in run_dirs:
-        job = states[str(jobs[run_dir]["job_id"])]
-        alive = [job_id for job_id in followers[run_dir] if not states[job_id].is_gone]
+        submission = read_job(run_dir)
+        if is_elsewhere(submission, answer.cluster):
+            raise _elsewhere(run_dir, submission["cluster"], answer.cluster)
+        jobs.append(job := answer.of(submission, submission["job_id"]))
+        alive = [job_id for job_id in follower_ids(submission) if not answer.of(submission, job_id).is_gone]
         if not job.is_gone or alive:
             found.append(Cancelled(run_dir, job, job, then=alive))
     if not found:
-        raise _nothing(folder, [states[str(jobs[run_dir]["job_id"])] for run_dir in run_dirs])
+        raise _nothing(folder, jobs)
     for one in found:
         if not one.before.is_gone:  # else the run is over, and only what follows it is cancelled
-            _mark(one.run_dir)
+            _mark(one.run_dir, now)
     try:
         _scancel([job_id for one in found for job_id in one.then])
         _end_jobs(found, now, seconds)
@@ -104,14 +107,19 @@ def _run_dirs(folder: Path) -> list[Path]:
     raise UserError("RUN_DIR", f"{folder}: nothing was submitted here", "the folder of a submitted run or sweep", fix)
 
 
+def _elsewhere(run_dir: Path, cluster: str, here: str) -> UserError:
+    found = f"{run_dir}: submitted on cluster {cluster}, and this host's is {here}"
+    return UserError("RUN_DIR", found, fix=f"the same command on a login node of {cluster}")
+
+
 def _nothing(folder: Path, jobs: Sequence[JobState]) -> UserError:
     ends = [f"job {job.job_id} {'is gone' if job.state == 'UNKNOWN' else f'ended as {job.state}'}" for job in jobs[:5]]
     more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
     return UserError("RUN_DIR", f"{folder}: nothing to cancel: {', '.join(ends)}{more}")
 
 
-def _mark(run_dir: Path) -> None:
-    write_atomically(run_dir / CANCELLED, json.dumps({"time": int(time.time())}) + "\n")  # synced
+def _mark(run_dir: Path, now: bool) -> None:
+    write_atomically(run_dir / CANCELLED, json.dumps({"time": int(time.time()), "now": now}) + "\n")  # synced
 
 
 def _end_jobs(found: Sequence[Cancelled], now: bool, seconds: float) -> None:

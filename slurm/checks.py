@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from slurm.cluster import ClusterFacts, Partition
+from slurm.script import GPUS_USED
 from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig, SlurmConfig
 from trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-GPUS_USED = {"merge": 0, "verify": 0, "evaluate": 1, "report": 0}  # commands that may follow, one process each
 NOT_IN_PATHS = "%:\\\n\r\t"  # sbatch fills in %j and the like, PYTHONPATH is a list, a submission's runs are lines
 
 
@@ -48,10 +48,6 @@ def check_then(config: RunConfig, then: Sequence[str]) -> None:
             raise UserError("--then", found, ", ".join(GPUS_USED))
     if "merge" in then and config.adapter is None:
         raise UserError("--then", "merge, and a full fine-tune is whole as it is", fix="leave merge out")
-    if "merge" in then and config.export.merge:
-        raise UserError(
-            "--then", "merge, and export.merge: true merges in the training's own job", fix="leave one of both out"
-        )
     if "verify" in then and "merge" not in then[: then.index("verify")] and not config.export.merge:
         raise UserError("--then", "verify, and nothing merges before it", fix="--then merge,verify")
 

@@ -176,6 +176,14 @@ def read_config() -> dict[str, str]:
     return parse_config(run_slurm("scontrol", "show", "config"))
 
 
+def cluster_name() -> str:
+    """Of the cluster that SLURM's commands on this host speak of; empty where scontrol does not tell."""
+    try:
+        return read_config().get("ClusterName", "")
+    except PacktrainError:
+        return ""
+
+
 def parse_config(text: str) -> dict[str, str]:
     """The lines ``Name = value``, by name."""
     found = (re.match(r"\s*([\w\[\]]+)\s*= ?(.*)", line) for line in text.splitlines())

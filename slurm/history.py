@@ -1,7 +1,7 @@
 """What submissions and their jobs leave in a run dir, read back. Imports no torch.
 
 job.json          the newest submission
-attempts.jsonl    a line at each submission, and at start and end of each of the job's starts
+attempts.jsonl    a line at each submission, at start and end of each of the job's starts, at the end of what follows
 blamed            a host a line, each time it was at fault
 cancelled         mark of `packtrain cancel`: no start and no requeue passes it
 sweep.json        in the folder of a sweep: what is varied, and its runs
@@ -65,6 +65,13 @@ class History:
         return max(0, self.num_recent - 1)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A run was cancelled; `now`: without waiting for a checkpoint."""
+
+    now: bool
+
+
 def read_job(run_dir: Path) -> dict[str, Any]:
     """``job.json``; empty where the run was not submitted, or something else has written in it."""
     job = _read_dict(RunDir(run_dir).job)
@@ -107,6 +114,17 @@ def read_history(run_dir: Path) -> History:
     return History(attempts, len(attempts) - num_before)
 
 
+def read_followed(run_dir: Path) -> set[str]:
+    """Commands that have followed the run's newest start, and succeeded."""
+    found: set[str] = set()
+    for record in _read_lines(run_dir / ATTEMPTS):
+        if record.get("event") == "start":
+            found = set()
+        elif record.get("event") == "followed" and record.get("status") == 0:
+            found.add(str(record.get("command")))
+    return found
+
+
 def _start(record: dict[str, Any]) -> Attempt:
     return Attempt(
         float(record["time"]),
@@ -138,9 +156,10 @@ def read_blamed(run_dir: Path) -> dict[str, int]:
     return dict(Counter(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def is_cancelled(run_dir: Path) -> bool:
-    """Whether the mark is there."""
-    return (run_dir / CANCELLED).exists()
+def read_mark(run_dir: Path) -> Mark | None:
+    """The mark of `packtrain cancel`, where it is there."""
+    path = run_dir / CANCELLED
+    return Mark(now=_read_dict(path).get("now") is True) if path.exists() else None
 
 
 def is_run(folder: Path) -> bool:

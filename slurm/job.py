@@ -14,6 +14,7 @@ from pathlib import Path
 from trainer.preemption import STOP_SIGNALS
 
 SUBMISSION = "PACKTRAIN_SUBMISSION"  # set by the job's script
+DATA = "data"  # of a submission: the fingerprint of each task's data, a line each
 
 
 def run_task(run_dir: str) -> None:
@@ -21,8 +22,10 @@ def run_task(run_dir: str) -> None:
     # They wait until the trainer has handlers for them: importing torch takes longer than some grace times.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     submission = Path(os.environ[SUBMISSION])
-    recipe = submission / "recipes" / f"{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}.yaml"
-    _become("-m", "trainer", str(recipe), "--run-dir", run_dir)
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    data = (submission / DATA).read_text().splitlines()[task]
+    recipe = submission / "recipes" / f"{task}.yaml"
+    _become("-m", "trainer", str(recipe), "--run-dir", run_dir, "--data-fingerprint", data)
 
 
 def run_command(run_dir: str, command: str, *arguments: str) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.history import ATTEMPTS, read_job
-from slurm.queue import job_states
-from slurm.status import RunStatus, job_ids, read_run
+from slurm.jobs import ask as ask_slurm
+from slurm.status import RunStatus, read_run
 from trainer.checkpoint.layout import RunDir
 
 TAIL_BYTES = 1 << 20  # of a file, that its last lines are taken from
@@ -170,7 +170,7 @@ class Watcher(threading.Thread):
 
 def ask(run_dir: Path) -> RunStatus:
     """The run's status as of now."""
-    return read_run(run_dir, job_states(job_ids([run_dir])), time.time())
+    return read_run(run_dir, ask_slurm([run_dir]), time.time())
 
 
 def is_over(status: RunStatus) -> bool:

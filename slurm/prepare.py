@@ -10,8 +10,11 @@ from trainer.config import ModelConfig, RunConfig
 logger = logging.getLogger(__name__)
 
 
-def prepare(configs: Sequence[RunConfig]) -> None:
+def prepare(configs: Sequence[RunConfig]) -> list[str]:
     """Fetches and looks at what the runs read. What a recipe has wrong with data or model shows here.
+
+    Returns:
+        the fingerprint of each run's data.
 
     Raises:
         UserError: data or model cannot be used.
@@ -21,15 +24,16 @@ def prepare(configs: Sequence[RunConfig]) -> None:
     from trainer.model.tokenizer import load_tokenizer
 
     looked_at: list[ModelConfig] = []
-    built: set[str] = set()
+    fingerprints: list[str] = []
     for config in configs:
         splits = load_splits(config, load_tokenizer(config.model))
-        if splits.fingerprint not in built:
-            built.add(splits.fingerprint)
+        if splits.fingerprint not in fingerprints:
             for name, report in splits.reports.items():
                 log_report(name, report)
+        fingerprints.append(splits.fingerprint)
         if config.model not in looked_at:
             looked_at.append(config.model)
             if config.model.init == "pretrained":
                 tensors = list_tensors(config.model)
                 logger.info("base model %s: %d tensors here", config.model.path, len(tensors))
+    return fingerprints

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from trainer.checkpoint.layout import RunDir, newest_manifest
 
@@ -68,18 +69,19 @@ def read_progress(run: RunDir) -> Progress:
         if status.st_size <= size or any(record["kind"] == "eval" for record in records):
             break
     steps = [record for record in records if record["kind"] == "step"]
-    evals = [record["loss"] for record in records if record["kind"] == "eval" and _is_number(record.get("loss"))]
+    losses = [_number(record, "loss") for record in records if record["kind"] == "eval"]
+    evals = [loss for loss in losses if loss is not None]
     last = steps[-1] if steps else {}
     best = [loss for loss in (*evals, _saved_best(run) if evals else None) if loss is not None]
     return Progress(
         step=last.get("step", 0),
         total_steps=_total_steps(run.metrics),
-        loss=last.get("loss"),
-        tokens_per_second=last.get("tokens_per_second"),
+        loss=_number(last, "loss"),
+        tokens_per_second=_number(last, "tokens_per_second"),
         validation_loss=evals[-1] if evals else None,
         best_validation_loss=min(best, default=None),
         seconds_per_step=_seconds_per_step(records),
-        longest_step=max((_seconds(record) for record in records if record["kind"] != "event"), default=0.0),
+        longest_step=max((_number(one, "seconds") or 0.0 for one in records if one["kind"] != "event"), default=0.0),
         written=status.st_mtime,
     )
 
@@ -101,13 +103,13 @@ def _records(path: Path, start: int, size: int) -> Iterator[dict[str, Any]]:
 
 def _total_steps(path: Path) -> int | None:
     starts = [record for record in _records(path, 0, HEAD_BYTES) if record.get("event") == "start"]
-    return starts[-1].get("num_steps") if starts else None
+    number = _number(starts[-1], "num_steps") if starts else None
+    return None if number is None else int(number)
 
 
 def _saved_best(run: RunDir) -> float | None:
     """As the newest checkpoint remembers it: evaluations before the lines that were read count too."""
-    saved = newest_manifest(run).get("progress", {}).get("loop", {}).get("best_loss")
-    return saved if _is_number(saved) else None
+    return _number(newest_manifest(run).get("progress", {}).get("loop", {}), "best_loss")
 
 
 def _seconds_per_step(records: list[dict[str, Any]]) -> float | None:
@@ -117,15 +119,12 @@ def _seconds_per_step(records: list[dict[str, Any]]) -> float | None:
         num_steps += record["kind"] == "step"
         if num_steps > MOST_STEPS:
             break
-        seconds += _seconds(record)
+        seconds += _number(record, "seconds") or 0.0
     num_steps = min(num_steps, MOST_STEPS)
     return seconds / num_steps if num_steps else None
 
 
-def _seconds(record: dict[str, Any]) -> float:
-    seconds = record.get("seconds")
-    return seconds if _is_number(seconds) else 0.0
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float)
+def _number(record: dict[str, Any], name: str) -> float | None:
+    """None also where something else was written."""
+    value = record.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

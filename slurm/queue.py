@@ -64,6 +64,13 @@ class JobState:
     answered: bool = True
 
     @property
+    def text(self) -> str:
+        """For people: SLURM's word, or in brackets why there is none."""
+        if self.state != UNKNOWN:
+            return self.state
+        return f"({self.reason})" if self.answered else "(unknown)"
+
+    @property
     def is_waiting(self) -> bool:
         return self.state in WAITING
 

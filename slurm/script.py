@@ -18,6 +18,7 @@ from trainer.config import SlurmConfig
 # Where caches lie must be the same on the nodes as here, where data and base were put into them.
 PASSED_ON = ("PACKTRAIN_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "OMP_NUM_THREADS")
 CPU_MINUTES = 24 * 60
+GPUS_USED = {"merge": 0, "verify": 0, "evaluate": 1, "report": 0}  # commands that may follow, one process each
 
 
 def training_script(slurm: SlurmConfig, name: str, submission: Path) -> SlurmExecutor:
@@ -48,19 +49,21 @@ def training_script(slurm: SlurmConfig, name: str, submission: Path) -> SlurmExe
 
 
 def command_script(
-    slurm: SlurmConfig, name: str, submission: Path, num_gpus: int, after: str, num_tasks: int
+    slurm: SlurmConfig, name: str, command: str, submission: Path, after: str | None, num_tasks: int
 ) -> SlurmExecutor:
     """An executor whose jobs run one command in one process when the jobs before have succeeded, else never.
 
     Args:
-        num_gpus: that the command uses, 0 or 1.
-        after: id of the job, or of the array of `num_tasks`, that has to come first.
+        name: of the run.
+        command: one of `GPUS_USED`.
+        after: id of the job, or of the array of `num_tasks`, that has to come first; None: nothing has to.
     """
     executor = _executor(slurm, submission)
+    num_gpus = GPUS_USED[command] if slurm.gpus_per_node else 0
     partition = slurm.partition if num_gpus else slurm.cpu_partition or slurm.partition
     kind = "aftercorr" if num_tasks > 1 else "afterok"
     executor.update_parameters(
-        **_asked(slurm, name, partition),
+        **_asked(slurm, f"{name}-{command}", partition),
         nodes=1,
         ntasks_per_node=1,
         cpus_per_task=slurm.cpus_per_gpu,
@@ -68,8 +71,9 @@ def command_script(
         mem=slurm.memory,
         constraint=slurm.constraint if num_gpus else None,
         time=min(slurm.minutes, CPU_MINUTES),
-        dependency=f"{kind}:{after}",
+        dependency=f"{kind}:{after}" if after else None,
         setup=[*_setup(slurm, submission), "check_not_cancelled", *_own_setup(slurm)],
+        teardown=[f"followed {command} $?"],
         srun_args=_srun_arguments(slurm),
         additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **_further(slurm, submission)},
     )

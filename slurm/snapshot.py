@@ -40,16 +40,14 @@ def next_submission(home: Path) -> Path:
     return home / "submissions" / f"{max(taken, default=0) + 1:04d}"
 
 
-def new_submission(home: Path, folder: Path) -> Path:
-    """Makes `folder`; only its owner may enter `home`.
+def make_submission(folder: Path) -> Path:
+    """Makes the folder of a submission.
 
     Raises:
         UserError: somebody else has submitted since `folder` was chosen.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    home.chmod(0o700)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir()
     except FileExistsError as error:
         raise UserError(str(folder), "is being submitted by another process", fix="see packtrain status") from error
     return folder
@@ -57,11 +55,13 @@ def new_submission(home: Path, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def submitting(home: Path) -> Iterator[None]:
-    """Inside, nobody else submits this run or sweep.
+    """Inside, nobody else submits this run or sweep; only its owner may enter `home`, which need not be there yet.
 
     Raises:
         UserError: somebody does.
     """
+    (home / "submissions").mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)
     with open(home / "submissions" / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

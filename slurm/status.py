@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -13,21 +14,23 @@ from slurm.history import (
     BLAMES_TO_EXCLUDE,
     Attempt,
     History,
-    is_cancelled,
+    Mark,
     read_blamed,
     read_history,
     read_job,
+    read_mark,
     read_sweep,
 )
+from slurm.jobs import Answer, ask
 from slurm.progress import Progress, read_progress
-from slurm.queue import UNKNOWN, JobState, job_states
+from slurm.queue import UNKNOWN, JobState
 from trainer.checkpoint.layout import MANIFEST, RunDir
 
 SECONDS_TO_LOAD = 1800.0  # 70B from a slow file system; longer without a step is worth a word
 CLOCKS_APART = 120.0  # seconds that hosts and slurmctld may differ by
 # Reasons to wait that no waiting ends, and what does.
 NEVER = {
-    "BadConstraints": "no node is what the recipe's slurm section asks for",
+    "BadConstraints": "no node is what the run's slurm section asks for",
     "DependencyNeverSatisfied": "the job it follows failed",
     "JobHeldAdmin": "an administrator holds it",
     "JobHeldUser": "it is held: scontrol release",
@@ -49,6 +52,13 @@ class Follower:
     command: str
     job: JobState
     log: str
+
+    @property
+    def text(self) -> str:
+        """For people: where it stands, and its log where there is one."""
+        waits = f" ({self.job.reason})" if self.job.is_waiting and self.job.reason else ""
+        log = f", log {self.log}" if os.path.exists(self.log) else ""
+        return f"job {self.job.job_id} {self.job.text}{waits}{log}"
 
 
 @dataclass(frozen=True)
@@ -134,11 +144,11 @@ def read_statuses(folders: Sequence[Path]) -> list[RunStatus | SweepStatus]:
     runs = {folder: [folder] for folder in folders} | {
         folder: [folder / str(run["run_dir"]) for run in sweep["runs"]] for folder, sweep in sweeps.items()
     }
-    states = job_states(job_ids(run_dir for run_dirs in runs.values() for run_dir in run_dirs))
+    answer = ask(run_dir for run_dirs in runs.values() for run_dir in run_dirs)
     now = time.time()
     found: list[RunStatus | SweepStatus] = []
     for folder in folders:
-        statuses = [read_run(run_dir, states, now) for run_dir in runs[folder]]
+        statuses = [read_run(run_dir, answer, now) for run_dir in runs[folder]]
         if folder not in sweeps:
             found += statuses
             continue
@@ -152,22 +162,12 @@ def read_statuses(folders: Sequence[Path]) -> list[RunStatus | SweepStatus]:
     return found
 
 
-def job_ids(run_dirs: Iterable[Path]) -> list[str]:
-    """Jobs of these runs, and those that follow."""
-    ids = []
-    for run_dir in run_dirs:
-        job = read_job(run_dir)
-        ids += [str(job["job_id"])] if "job_id" in job else []
-        ids += [str(follower["job_id"]) for follower in job.get("then", [])]
-    return ids
-
-
-def read_run(run_dir: Path, states: Mapping[str, JobState], now: float) -> RunStatus:
+def read_run(run_dir: Path, answer: Answer, now: float) -> RunStatus:
     """The status of one run, by SLURM's answer of a moment ago."""
     run, submission, history = RunDir(run_dir), read_job(run_dir), read_history(run_dir)
-    job = _state_of(submission["job_id"], states) if "job_id" in submission else None
+    job = answer.of(submission, submission["job_id"]) if submission else None
     record, progress = run.read_state(), read_progress(run)
-    state, detail = reconcile(record, job, is_cancelled(run_dir), history)
+    state, detail = reconcile(record, job, read_mark(run_dir), history)
     saved = run.steps()
     status = RunStatus(
         run_dir=run_dir,
@@ -184,8 +184,8 @@ def read_run(run_dir: Path, states: Mapping[str, JobState], now: float) -> RunSt
         then=[
             Follower(
                 str(follower.get("command")),
-                _state_of(follower["job_id"], states),
-                str(Path(str(submission.get("submission"))) / "script" / f"{follower['job_id']}_0_log.out"),
+                answer.of(submission, str(follower["job_id"])),
+                str(follower.get("log", "")),
             )
             for follower in submission.get("then", [])
         ],
@@ -195,12 +195,7 @@ def read_run(run_dir: Path, states: Mapping[str, JobState], now: float) -> RunSt
     return status
 
 
-def _state_of(job_id: Any, states: Mapping[str, JobState]) -> JobState:
-    """As SLURM told; a job that was submitted since then is not among those it was asked for."""
-    return states.get(str(job_id)) or JobState(str(job_id), reason="it was submitted this moment", answered=False)
-
-
-def reconcile(record: Mapping[str, Any], job: JobState | None, is_cancelled: bool, history: History) -> tuple[str, str]:
+def reconcile(record: Mapping[str, Any], job: JobState | None, mark: Mark | None, history: History) -> tuple[str, str]:
     """One state out of three witnesses: ``state.json``, SLURM, and the mark of `packtrain cancel`.
 
     A job that SLURM still has counts more than what an earlier start wrote down; a run that says how it ended counts
@@ -215,12 +210,12 @@ def reconcile(record: Mapping[str, Any], job: JobState | None, is_cancelled: boo
     if job is None:
         return {"preempted": "stopped", "": "unknown"}.get(said, said), reason
     if job.is_waiting:
-        return _reconcile_waiting(job, is_cancelled, bool(history.num_recent))
+        return _reconcile_waiting(job, mark, bool(history.num_recent))
     if job.is_alive:
-        return _reconcile_running(said, reason, job, is_cancelled, history)
+        return _reconcile_running(said, reason, job, mark, history)
     if said in ("failed", "cancelled"):
         return said, reason
-    if is_cancelled and job.is_gone:
+    if mark and job.is_gone:
         return "cancelled", "packtrain cancel"
     if not job.answered:
         return {"preempted": "requeued", "": "unknown"}.get(said, said), "by the run dir alone"
@@ -230,17 +225,17 @@ def reconcile(record: Mapping[str, Any], job: JobState | None, is_cancelled: boo
     return "lost", f"{how}; submit it again to go on"
 
 
-def _reconcile_waiting(job: JobState, is_cancelled: bool, has_run: bool) -> tuple[str, str]:
-    if is_cancelled:
+def _reconcile_waiting(job: JobState, mark: Mark | None, has_run: bool) -> tuple[str, str]:
+    if mark:
         return "cancelling", "its job waits, and will not start"
     state = "requeued" if has_run or job.restarts else "waiting"
     when = f", expected to start {clock(job.start)}" if job.start else ""
     return state, f"{job.reason or 'in the queue'}{when}"
 
 
-def _reconcile_running(said: str, reason: str, job: JobState, is_cancelled: bool, history: History) -> tuple[str, str]:
-    if is_cancelled:
-        return "cancelling", "it saves a checkpoint and stops"
+def _reconcile_running(said: str, reason: str, job: JobState, mark: Mark | None, history: History) -> tuple[str, str]:
+    if mark:
+        return "cancelling", "its job is being ended" if mark.now else "it saves a checkpoint and stops"
     current = history.attempts[-1] if history.attempts else None
     if job.state == "COMPLETING" or (current and current.end is not None):
         return "stopping", f"job {job.job_id} is {job.state}"

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from submitit import Job, SlurmExecutor
+from submitit import SlurmExecutor
 
-from slurm.checks import GPUS_USED, check_home, check_request, check_strategy, check_then
-from slurm.cluster import SlurmError, SlurmMissing, read_cluster
+from slurm.checks import check_home, check_request, check_strategy, check_then
+from slurm.cluster import SlurmMissing, cluster_name, read_cluster
+from slurm.followers import Missing, find_missing, queue_followers
 from slurm.history import ATTEMPTS, BLAMED, CANCELLED, SWEEP, read_job, read_sweep
-from slurm.job import run_command, run_task
-from slurm.queue import job_states
-from slurm.script import command_script, script_text, training_script
+from slurm.job import DATA, run_task
+from slurm.jobs import ask
+from slurm.sbatch import array_of, cancelled_if_interrupted, queue
+from slurm.script import script_text, training_script
 from slurm.snapshot import (
     check_not_submitting,
-    new_submission,
+    make_submission,
     next_submission,
     submitting,
     take_snapshot,
@@ -48,6 +45,7 @@ class Plan:
         configs: one for each run that is to be queued.
         run_dirs: likewise; none where every run of a sweep is done or queued already.
         then: commands that follow each run, in their order.
+        missing: those of them that have not followed runs which are done.
         variations: all runs of the sweep; empty for a run by itself.
         submission: the folder that will hold what the jobs need.
     """
@@ -57,6 +55,7 @@ class Plan:
     configs: list[RunConfig]
     run_dirs: list[Path]
     then: list[str]
+    missing: list[Missing]
     variations: list[Variation]
     submission: Path
 
@@ -86,10 +85,12 @@ class Submitted:
 
     Attributes:
         job_id: of the run; of an array such as ``12_3``.
-        then: ``{"command": ..., "job_id": ...}`` for each command that follows.
+        cluster: that it was submitted on; empty where SLURM does not tell.
+        then: ``{"command": ..., "job_id": ..., "log": ...}`` for each command that follows.
     """
 
     job_id: str
+    cluster: str
     name: str
     submission: str
     submitted: float
@@ -100,6 +101,10 @@ class Submitted:
     partition: str | None
     max_restarts: int
     then: list[dict[str, str]] = field(default_factory=list)
+
+
+def _without_merge(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"export": config.export.model_copy(update={"merge": False})})
 
 
 def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variation], then: Sequence[str]) -> Plan:
@@ -119,17 +124,22 @@ def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variatio
         raise SlurmMissing("srun")
     check_home(home, is_sweep=bool(variations))
     check_then(configs[0], then)
+    if "merge" in then:  # in a job of its own, without the GPUs
+        configs = [_without_merge(config) for config in configs]
     slurm = configs[0].slurm
     check_request(slurm, read_cluster(), then)
     check_not_submitting(home)
     run_dirs = [home / variation.name for variation in variations] or [home]
-    open_runs = _not_queued(run_dirs)
-    if not variations and not open_runs:
-        job_id = read_job(home)["job_id"]
-        raise UserError(
-            str(home), f"job {job_id} has this run", fix="packtrain cancel ends it; packtrain status shows it"
-        )
-    open_runs = [index for index in open_runs if RunDir(run_dirs[index]).read_state().get("state") != "done"]
+    answer, jobs = ask(run_dirs), [read_job(run_dir) for run_dir in run_dirs]
+    is_queued = [bool(job) and answer.of(job, job["job_id"]).is_alive for job in jobs]
+    if not variations and is_queued[0]:
+        found, fix = f"job {jobs[0]['job_id']} has this run", "packtrain cancel ends it; packtrain status shows it"
+        if (home / CANCELLED).exists():
+            found, fix = f"job {jobs[0]['job_id']} is being cancelled", "the same command again when it is gone"
+        raise UserError(str(home), found, fix=fix)
+    is_done = [RunDir(run_dir).read_state().get("state") == "done" for run_dir in run_dirs]
+    open_runs = [index for index in range(len(run_dirs)) if not (is_queued[index] or is_done[index])]
+    done = [run_dir for index, run_dir in enumerate(run_dirs) if is_done[index] and not is_queued[index]]
     chosen = []
     for index in open_runs:
         check_strategy(configs[index])
@@ -143,54 +153,38 @@ def plan(configs: Sequence[RunConfig], home: Path, variations: Sequence[Variatio
         configs=chosen,
         run_dirs=[run_dirs[index] for index in open_runs],
         then=list(then),
+        missing=find_missing(done, then, answer),
         variations=list(variations),
         submission=next_submission(home),
     )
 
 
-def ask_sbatch(script: str) -> str:
-    """SLURM's verdict on a job: when and where it would start. Queues nothing.
+def submit(plan: Plan, data: Sequence[str]) -> list[Submitted]:
+    """Queues the runs and what follows them, and what has not followed runs that are done.
 
-    Raises:
-        UserError: it would refuse the job.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
-        file.flush()
-        shell = subprocess.run(["bash", "-n", file.name], capture_output=True, text=True, check=False)
-        if shell.returncode:
-            said = shell.stderr.replace(f"{file.name}: ", "").strip()
-            raise UserError(
-                "slurm.setup", f"is no valid shell: {said}", fix="mend its quotes; --dry-run shows the script"
-            )
-        command = ["sbatch", "--test-only", file.name]
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=30, errors="replace")
-        except subprocess.TimeoutExpired as error:
-            raise SlurmError(command, None, "") from error
-    said = " ".join(found.stderr.split()).replace("sbatch: ", "")
-    if found.returncode:
-        raise UserError("slurm", f"SLURM would refuse the job: {said}", fix="correct the recipe's slurm section")
-    return said
+    Args:
+        data: fingerprint of each run's data; a job that finds other data does not train.
 
-
-def submit(plan: Plan) -> list[Submitted]:
-    """Queues the runs, and what follows them.
+    Returns:
+        what was queued of each of `plan.run_dirs`.
 
     Raises:
         PacktrainError: SLURM refused; nothing is queued, or what was is cancelled.
     """
-    submission = new_submission(plan.home, plan.submission)
     with submitting(plan.home):
-        return _submit(plan, submission)
+        told = _submit(plan, data, make_submission(plan.submission)) if plan.run_dirs else []
+        for missing in plan.missing:
+            _follow_up(plan, missing, make_submission(next_submission(plan.home)))
+    return told
 
 
-def _submit(plan: Plan, submission: Path) -> list[Submitted]:
+def _submit(plan: Plan, data: Sequence[str], submission: Path) -> list[Submitted]:
     for run_dir in plan.run_dirs:
         run_dir.mkdir(parents=True, exist_ok=True)
         run_dir.chmod(0o700)
     try:
         take_snapshot(submission, plan.configs, plan.run_dirs)
+        write_atomically(submission / DATA, "".join(f"{fingerprint}\n" for fingerprint in data))
     except shutil.Error as error:  # one entry a file
         _, _, why = error.args[0][0]
         raise PacktrainError(f"{submission}: cannot be written: {why}") from error
@@ -198,14 +192,15 @@ def _submit(plan: Plan, submission: Path) -> list[Submitted]:
         _start_afresh(RunDir(run_dir))
     if plan.variations:
         _note_sweep(plan.home, plan.variations)
-    slurm = plan.slurm
+    slurm, cluster = plan.slurm, cluster_name()
     queued: list[str] = []
-    with _cancelled_if_interrupted(queued):
-        jobs = _queue(plan.executor, run_task, [(str(run_dir),) for run_dir in plan.run_dirs])
-        queued.append(_array_of(jobs[0].job_id))
+    with cancelled_if_interrupted(queued):
+        jobs = queue(plan.executor, run_task, [(str(run_dir),) for run_dir in plan.run_dirs])
+        queued.append(array_of(jobs[0].job_id))
         told = [
             Submitted(
                 job_id=job.job_id,
+                cluster=cluster,
                 name=plan.name,
                 submission=str(submission),
                 submitted=time.time(),
@@ -219,60 +214,32 @@ def _submit(plan: Plan, submission: Path) -> list[Submitted]:
             for job in jobs
         ]
         _note_jobs(plan.run_dirs, told)
-        for command in plan.then:
-            num_gpus = GPUS_USED[command] if slurm.gpus_per_node else 0
-            name = f"{plan.name}-{command}"
-            executor = command_script(slurm, name, submission, num_gpus, queued[-1], len(plan.run_dirs))
-            following = _queue(executor, run_command, [_arguments(command, run_dir) for run_dir in plan.run_dirs])
-            queued.append(_array_of(following[0].job_id))
-            for one, job in zip(told, following, strict=True):
-                one.then.append({"command": command, "job_id": job.job_id})
+        for following in queue_followers(slurm, plan.name, submission, plan.run_dirs, plan.then, queued):
+            for one, follower in zip(told, following, strict=True):
+                one.then.append(follower)
             _note_jobs(plan.run_dirs, told)
     return told
+
+
+def _follow_up(plan: Plan, missing: Missing, submission: Path) -> None:
+    """Queues what has not followed runs that are done."""
+    take_snapshot(submission, [], missing.run_dirs)
+    runs = [RunDir(run_dir) for run_dir in missing.run_dirs]
+    for run in runs:
+        (run.path / CANCELLED).unlink(missing_ok=True)
+    queued: list[str] = []
+    with cancelled_if_interrupted(queued):
+        for following in queue_followers(plan.slurm, plan.name, submission, missing.run_dirs, missing.commands, queued):
+            for run, follower in zip(runs, following, strict=True):
+                job = read_job(run.path)
+                others = [one for one in job["then"] if one["command"] != follower["command"]]
+                write_atomically(run.job, json.dumps(job | {"then": [*others, follower]}, indent=1) + "\n")
 
 
 def _note_jobs(run_dirs: Sequence[Path], told: Sequence[Submitted]) -> None:
     """``job.json`` of each run: whoever asks for its status or cancels it finds the jobs there."""
     for run_dir, one in zip(run_dirs, told, strict=True):
         write_atomically(RunDir(run_dir).job, json.dumps(asdict(one), indent=1) + "\n")
-
-
-def _queue(executor: SlurmExecutor, function: Any, arguments: Sequence[tuple[str, ...]]) -> list[Job[Any]]:
-    """One job, or an array where there are several."""
-    try:
-        if len(arguments) == 1:
-            return [executor.submit(function, *arguments[0])]
-        with executor.batch():
-            jobs = [executor.submit(function, *one) for one in arguments]
-        return jobs
-    except (RuntimeError, OSError) as error:  # submitit's own errors derive from these
-        raise PacktrainError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
-
-
-@contextlib.contextmanager
-def _cancelled_if_interrupted(queued: list[str]) -> Iterator[None]:
-    """A chain is queued whole or not at all, also where the terminal is closed meanwhile."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except BaseException:
-        for job_id in queued:
-            subprocess.run(["scancel", job_id], capture_output=True, check=False)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _not_queued(run_dirs: Sequence[Path]) -> list[int]:
-    """Which runs SLURM does not have, waiting or running."""
-    jobs = {index: read_job(run_dir).get("job_id") for index, run_dir in enumerate(run_dirs)}
-    states = job_states([job_id for job_id in jobs.values() if job_id])
-    return [index for index, job_id in jobs.items() if not (job_id and states[job_id].is_alive)]
 
 
 def _note_sweep(home: Path, variations: Sequence[Variation]) -> None:
@@ -282,15 +249,6 @@ def _note_sweep(home: Path, variations: Sequence[Variation]) -> None:
     runs |= {one.name: {"run_dir": one.name, "values": one.values} for one in variations}
     fields = [*dict.fromkeys([*earlier["fields"], *variations[0].values])]
     write_atomically(home / SWEEP, json.dumps({"fields": fields, "runs": list(runs.values())}, indent=1) + "\n")
-
-
-def _array_of(job_id: str) -> str:
-    return job_id.partition("_")[0]
-
-
-def _arguments(command: str, run_dir: Path) -> tuple[str, ...]:
-    further = ("--json", str(run_dir / "evaluation.json")) if command == "evaluate" else ()
-    return (str(run_dir), command, *further)
 
 
 def _start_afresh(run: RunDir) -> None:

@@ -39,6 +39,7 @@ def _train() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Train a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--run-dir", type=Path, help="where the run is kept; default: runs/<recipe's name>")
+    parser.add_argument("--data-fingerprint", help="train on no other data; `packtrain submit` gives that of its own")
     world, run_dir = World(), None
     try:
         world = read_world(os.environ)
@@ -49,7 +50,7 @@ def _train() -> int:
         run_dir = arguments.run_dir or Path("runs") / arguments.recipe.stem
         from trainer.run import train
 
-        train(config, run_dir, world)
+        train(config, run_dir, world, arguments.data_fingerprint)
     except (PacktrainError, OSError) as failure:
         error = explain_os_error(failure) if isinstance(failure, OSError) else failure
         if not error.told:

@@ -42,10 +42,16 @@ class ModelConfig(Part):
 
 
 class QuantizationConfig(Part):
-    """4-bit base for QLoRA (arXiv:2305.14314), dequantised by bitsandbytes' kernels."""
+    """Quantised base for QLoRA (arXiv:2305.14314); activations and matmuls are in compute_dtype."""
 
-    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
-    double_quant: bool = Field(True, description="quantise the block scales too (0.37 bits a weight less)")
+    type: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="4 bits with a scale for each 64 weights, or 8 bits with one for each row (arXiv:2208.07339)"
+    )
+    double_quant: bool = Field(
+        default_factory=lambda fields: fields.get("type") != "int8",
+        description="quantise the scales of 4-bit weights too (0.37 bits a weight less)",
+        json_schema_extra={"default": True},  # of every type that can have it
+    )
     compute_dtype: Dtype | None = Field(None, description="dtype weights are dequantised to; default: model.dtype")
 
 
@@ -67,11 +73,16 @@ class AdapterConfig(Part):
 RowFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "input_output", "text", "templated"]
 
 
+def value_key(value: object) -> object:
+    """Equal for values that are one to a recipe: 1 and 1.0, but not true."""
+    return (bool, value) if isinstance(value, bool) else value
+
+
 class Where(Part):
     """Rows by the value of a column: all that have one of `values`, or an exact mix of them."""
 
     column: str = Field(description="column of the data set")
-    values: list[str | int] = Field(min_length=1, description="values whose rows are taken")
+    values: list[str | bool | int | float] = Field(min_length=1, description="values whose rows are taken")
     ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, description="share of total for each of values, in their order; they add up to 1"
     )
@@ -79,7 +90,7 @@ class Where(Part):
 
     @model_validator(mode="after")
     def _an_exact_mix(self) -> Where:
-        if len(set(self.values)) < len(self.values):
+        if len(set(map(value_key, self.values))) < len(self.values):
             raise ValueError(f"values has one twice: {', '.join(map(str, self.values))}")
         if (self.ratios is None) != (self.total is None):
             raise ValueError("ratios and total come together: give both, or neither to take all rows of the values")
@@ -106,7 +117,7 @@ class Source(Part):
     where: Where | None = Field(None, description="take rows by the value of a column only")
     sample: int | None = Field(None, ge=1, description="take this many rows, drawn with data.split.seed")
     weight: float = Field(
-        1.0, gt=0, le=1000, description="how often a row is trained on in an epoch: 0.5 half of them, 2 each twice"
+        1.0, gt=0, le=100, description="how often a row is trained on in an epoch: 0.5 half of them, 2 each twice"
     )
 
     @model_validator(mode="after")
@@ -134,7 +145,7 @@ class DataConfig(Part):
     )
     train_on: Literal["all", "assistant", "last_assistant"] = Field("assistant", description="tokens in the loss")
     split: SplitConfig = SplitConfig()
-    pack_length: int = Field(4096, ge=8, description="tokens in a pack")
+    pack_length: int = Field(4096, ge=8, le=2**20, description="tokens in a pack")
     packing: bool = Field(True, description="false: one row a pack")
     long_rows: Literal["truncate", "drop"] = Field("truncate", description="rows longer than pack_length")
 
@@ -378,8 +389,10 @@ class RunConfig(Part):
         broken = []
         if self.quantization and not self.adapter:
             broken.append(
-                "quantization needs an adapter, as 4-bit weights cannot be trained. Add adapter: {method: lora}"
+                "quantization needs an adapter, as quantised weights cannot be trained. Add adapter: {method: lora}"
             )
+        if self.quantization and self.quantization.type == "int8" and self.quantization.double_quant:
+            broken.append("quantization.double_quant is for nf4 and fp4; int8 has one scale a row. Set it to false")
         if self.schedule.name == "plateau" and self.eval.every_steps is None:
             broken.append("schedule.name: plateau follows the validation loss. Set eval.every_steps")
         if self.eval.early_stopping and self.eval.every_steps is None:

@@ -93,6 +93,17 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Infe
     return InferenceModel(loaded.model.eval(), tokenizer, template, result.config)
 
 
+def load_base(config: RunConfig, device: torch.device | None = None) -> InferenceModel:
+    """Loads the base of a recipe as a training would, quantised where it is, before its first step.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config, device or default_device()).model.eval()  # a fresh adapter changes nothing
+    return InferenceModel(model, tokenizer, load_template(config.data.template, tokenizer), config)
+
+
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer.checkpoint.manager import CheckpointManager
@@ -90,6 +91,7 @@ class TrainLoop:
         self.checkpoints, self.recorder, self.meter = checkpoints, recorder, meter
         self.answer_samples, self.stop, self.watchdog = answer_samples, stop, watchdog
         self.processes = strategy.processes
+        self._costs = train_packs.costs()
         self.state = LoopState()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: Future[list[PackedBatch]] | None = None
@@ -210,21 +212,22 @@ class TrainLoop:
 
     def _load(self, step: int) -> list[PackedBatch]:
         samples, sampler = self.sampler.samples(step - 1), self.sampler
+        costs = self._costs[sampler.batch(step - 1)]
         return [
             collate(
                 [self.train_packs[sampler.pack(sample)] for sample in own], sampler.noise_seed(own[0] if own else 0)
             )
-            for own in self._deal(samples)
+            for own in self._deal(samples, costs)
         ]
 
-    def _deal(self, samples: Sequence[int]) -> list[list[int]]:
-        return deal(samples, self.processes.rank, self.processes.world_size, self.micro_batch)
+    def _deal(self, samples: Sequence[int], costs: np.ndarray) -> list[list[int]]:
+        return deal(samples, costs, self.processes.rank, self.processes.world_size, self.micro_batch)
 
     def _evaluate_loss(self, packs: PackedRows) -> dict[str, Any]:
         """The evaluation's line of ``metrics.jsonl``."""
         started = time.perf_counter()
         loss_sum, num_trained = torch.zeros((), dtype=torch.float64, device=self.strategy.device), 0
-        for number, own in enumerate(self._deal(range(len(packs)))):
+        for number, own in enumerate(self._deal(range(len(packs)), packs.costs())):
             self._mark(f"evaluating micro-batch {number + 1}")
             if self._is_asked_to_stop():
                 self._stop()

@@ -76,6 +76,27 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     return LinearCrossEntropy.apply(hidden, weight, targets, needs_grad)
 
 
+@torch.no_grad()
+def score_tokens(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of each target, and whether it is the likeliest token; arguments as of `linear_cross_entropy`.
+
+    Returns:
+        Losses ``[rows]`` float32, and hits ``[rows]`` bool.
+    """
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    projection = weight.to(hidden.dtype)
+    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    chunks = zip(hidden.split(rows), targets.split(rows), losses.split(rows), hits.split(rows), strict=True)
+    for hidden_chunk, target_chunk, losses_chunk, hits_chunk in chunks:
+        logits = (hidden_chunk @ projection.t()).float()
+        losses_chunk.copy_(logits.logsumexp(dim=-1) - logits.gather(-1, target_chunk.unsqueeze(-1)).squeeze(-1))
+        hits_chunk.copy_(logits.argmax(dim=-1) == target_chunk)
+    return losses, hits
+
+
 class PackedCausalLM(nn.Module):
     """The root module that strategies wrap: a packed batch in, its summed loss out.
 
@@ -91,16 +112,28 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.compute_dtype = compute_dtype
 
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, inside a PeftModel or not."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Summed cross entropy of the batch's trained tokens, a float32 scalar."""
-        causal_lm: Any = self.model
-        if hasattr(causal_lm, "get_base_model"):
-            causal_lm = causal_lm.get_base_model()
+        return linear_cross_entropy(*self._predict(batch))
+
+    def score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`score_tokens` of the batch's trained tokens; for a model that is whole on this device."""
+        return score_tokens(*self._predict(batch))
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """What the head projects, ``[tokens, hidden_size]``."""
+        causal_lm = self.causal_lm
         device_type = batch.input_ids.device.type
         with torch.autocast(device_type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             # In the matmuls' dtype whatever the table rests in, or the residual stream's would depend on the strategy.
             embeddings = causal_lm.get_input_embeddings()(batch.input_ids).to(self.compute_dtype)
-            hidden = causal_lm.model(
+            return causal_lm.model(
                 inputs_embeds=embeddings,
                 position_ids=batch.position_ids,
                 use_cache=False,
@@ -109,9 +142,12 @@ class PackedCausalLM(nn.Module):
                 max_length_q=batch.max_seqlen,
                 max_length_k=batch.max_seqlen,
             )[0][0]
-        hidden = hidden.index_select(0, batch.trained_positions).to(self.compute_dtype)
+
+    def _predict(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Last hidden states before the trained tokens, the head's weight, and those tokens."""
+        hidden = self.hidden_states(batch).index_select(0, batch.trained_positions).to(self.compute_dtype)
         targets = batch.labels[0].index_select(0, batch.trained_positions + 1)
-        return linear_cross_entropy(hidden, head_weight(causal_lm), targets)
+        return hidden, head_weight(self.causal_lm), targets
 
 
 def head_weight(causal_lm: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.launchers import host_name
 from trainer.model.decilm import num_copied_weights
+from trainer.model.quantized import QuantizedLinear
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy
 
@@ -52,10 +53,11 @@ def result_bytes(model: nn.Module, config: RunConfig) -> int:
 
 
 def _base_weights(module: nn.Module) -> int:
-    """Weights of the base under an adapter; a byte of a 4-bit layer holds two."""
-    frozen = {name: p.numel() for name, p in module.named_parameters() if not p.requires_grad}
-    per_element = {"packed": 2, "scales": 0}
-    return sum(count * per_element.get(name.rpartition(".")[2], 1) for name, count in frozen.items())
+    """Weights of the base under an adapter, quantised ones as many as they stand for."""
+    quantized = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    as_bytes = {parameter for layer in quantized for parameter in (layer.packed, layer.scales)}
+    frozen = [p for p in module.parameters() if not p.requires_grad and p not in as_bytes]
+    return sum(layer.in_features * layer.out_features for layer in quantized) + sum(p.numel() for p in frozen)
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
@@ -140,7 +142,7 @@ def check_shared(run: RunDir, processes: Processes) -> None:
 
 
 def check_bytes(strategy: Strategy, expected: str | None, when: str) -> None:
-    """Proves that the 4-bit base still is what was loaded; a loss does not notice when it is not.
+    """Proves that the quantised base still is what was loaded; a loss does not notice when it is not.
 
     Raises:
         PacktrainError: bytes have changed.
@@ -148,6 +150,6 @@ def check_bytes(strategy: Strategy, expected: str | None, when: str) -> None:
     found = strategy.fingerprint()
     if found != expected:
         raise PacktrainError(
-            f"the 4-bit base has changed {when}: fingerprint {found}, loaded was {expected}\n"
+            f"the quantised base has changed {when}: fingerprint {found}, loaded was {expected}\n"
             "  fix: this should not happen; do not use the run's results, and report it with the recipe"
         )

@@ -32,18 +32,19 @@ __all__ = ["RecipeError", "dump_recipe", "json_schema", "load_profile", "load_re
 
 Origin = tuple[int, str]  # place in the order of problems; file:line or --option
 SLURM = "slurm"
+RECIPE, PROFILE = "a recipe", "a cluster's profile"
 LAST = 10**9  # overrides come after every line of the file
 
 
 class RecipeError(UserError):
-    """Everything wrong with a recipe and its overrides.
+    """Everything wrong with a recipe, the profile under it and its overrides.
 
     Attributes:
         problems: one `UserError` each, in the order of the file.
     """
 
-    def __init__(self, path: Path, problems: list[UserError]) -> None:
-        super().__init__(str(path), f"{len(problems)} errors")
+    def __init__(self, paths: list[Path], problems: list[UserError]) -> None:
+        super().__init__(" with ".join(map(str, paths)), f"{len(problems)} errors")
         self.problems = problems
         heading = [f"{self.where}: {self.found}"] if len(problems) > 1 else []
         self.args = ("\n".join([*heading, *map(str, problems)]),)
@@ -127,6 +128,7 @@ class Draft:
     """A recipe on its way to a RunConfig: plain data, where each value was written, and what is wrong so far.
 
     Attributes:
+        paths: its file, and the profile's that lies under it.
         data: the recipe as dicts, lists and scalars.
         origins: where each value was written.
         texts: how a value was written, where it is not text.
@@ -136,12 +138,12 @@ class Draft:
 
     def __init__(self, path: Path, loc: Loc = ()) -> None:
         """Reads a file, which holds the section at `loc`."""
-        self.path = path
+        self.paths = [path]
         self.origins: dict[Loc, Origin] = {}
         self.texts: dict[Loc, str] = {}
         self.problems: list[tuple[int, UserError]] = []
         self.refused: set[Loc] = set()
-        node = _compose_file(path)
+        node = _compose_file(path, loc)
         self.data: dict[str, Any] = self.read(node, loc, lambda line: (line, f"{path}:{line}"))
 
     def lay_under(self, path: Path, section: str) -> None:
@@ -157,6 +159,7 @@ class Draft:
         self.texts |= {loc: text for loc, text in under.texts.items() if taken.intersection(loc[1:2])}
         self.refused |= {loc for loc in under.refused if taken.intersection(loc[1:2])}
         self.problems += under.problems
+        self.paths += under.paths if taken else []
 
     def read(
         self, node: yaml.Node, loc: Loc, origin: Callable[[int], Origin], above: tuple[yaml.Node, ...] = ()
@@ -248,7 +251,7 @@ class Draft:
         config = self.validate()
         if config is None or self.problems:
             problems = sorted(self.problems, key=lambda item: item[0])
-            raise RecipeError(self.path, [problem for _, problem in problems])
+            raise RecipeError(self.paths, [problem for _, problem in problems])
         return config
 
     def validate(self) -> RunConfig | None:
@@ -317,34 +320,35 @@ class Draft:
         return here
 
 
-def _compose_file(path: Path) -> yaml.Node:
-    """The file's top mapping. Raises UserError where there is none."""
+def _compose_file(path: Path, loc: Loc) -> yaml.Node:
+    """The top mapping of a file that holds the section at `loc`. Raises UserError where there is none."""
+    allowed = describe(schema_at(loc))
     try:
-        node = compose(_read_text(path))
+        node = compose(_read_text(path, PROFILE if loc else RECIPE))
     except yaml.YAMLError as error:
         line, reason = describe_error(error)
         raise UserError(f"{path}:{line}", f"not valid YAML: {reason}") from error
     if node is None:
-        raise UserError(str(path), "the file is empty", allowed=describe(json_schema()))
+        raise UserError(str(path), "the file is empty", allowed)
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise UserError(f"{path}:{node.start_mark.line + 1}", f"found {kind}", allowed=describe(json_schema()))
+        raise UserError(f"{path}:{node.start_mark.line + 1}", f"found {kind}", allowed)
     return node
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, kind: str) -> str:
     if path.is_dir():
-        raise UserError(str(path), "is a folder", allowed="a recipe, which is a YAML file")
+        raise UserError(str(path), "is a folder", f"{kind}, which is a YAML file")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         folder = path.parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         near = difflib.get_close_matches(path.name, names, cutoff=0.8)
-        fix = f"did you mean {folder / near[0]}?" if near else "packtrain init --out FILE writes a recipe"
-        raise UserError(str(path), "no such file", fix=fix) from error
+        fix = "packtrain init --out FILE writes a recipe" if kind == RECIPE else f"name {kind}"
+        raise UserError(str(path), "no such file", fix=f"did you mean {folder / near[0]}?" if near else fix) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read: {error}", allowed="a recipe, which is YAML in UTF-8") from error
+        raise UserError(str(path), f"cannot be read: {error}", allowed=f"{kind}, which is YAML in UTF-8") from error
 
 
 def _drop_empty_sections(data: dict[str, Any], loc: Loc = ()) -> None:

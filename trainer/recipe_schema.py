@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,12 +38,21 @@ def child_schema(schema: Schema | None, key: str | int) -> Schema | None:
     for option in alternatives(schema):
         if isinstance(key, str) and key in option.get("properties", {}):
             return option["properties"][key]
-        if isinstance(key, str) and isinstance(option.get("additionalProperties"), dict):
-            return option["additionalProperties"]
+        if isinstance(key, str) and (value := _value_schema(option, key)):
+            return value
         if isinstance(key, int) and option.get("type") == "array":
             places = option.get("prefixItems", [])
             return places[key] if key < len(places) else option.get("items")
     return None
+
+
+def _value_schema(option: Schema, key: str) -> Schema | None:
+    """Of a mapping whose keys are names of the user's choice, perhaps of a certain form."""
+    for pattern, value in option.get("patternProperties", {}).items():
+        if re.search(pattern, key):
+            return value
+    value = option.get("additionalProperties")
+    return value if isinstance(value, dict) else None
 
 
 def schema_at(loc: Loc) -> Schema | None:

@@ -99,6 +99,25 @@ def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
             )
 
 
+def check_data(found: str, expected: str | None) -> None:
+    """Refuses to train on other data than were submitted; times and places of the files do not count.
+
+    Args:
+        found: the data's fingerprint.
+        expected: what it was; None: nobody said.
+
+    Raises:
+        UserError: they differ.
+    """
+    if expected is not None and found != expected:
+        raise UserError(
+            "data",
+            f"not the tokens that were submitted (fingerprint {expected}, now {found}): a data file, the template or "
+            "the tokenizer was edited since",
+            fix="restore what was there, or submit again to train on what is there now",
+        )
+
+
 @contextlib.contextmanager
 def only_one_trainer(run: RunDir) -> Iterator[None]:
     """Holds the run dir's lock; the system frees it however the process ends.

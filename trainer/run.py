@@ -29,6 +29,7 @@ from trainer.errors import Preempted, UserError
 from trainer.export.result import export_result, finish_adapter, finish_full
 from trainer.generate import answer_samples
 from trainer.host_checks import check_hosts, versions
+from trainer.isolation import check_isolation
 from trainer.launchers import World
 from trainer.loop import LoopState, TrainLoop
 from trainer.loss import PackedCausalLM
@@ -37,7 +38,7 @@ from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights, set_recompute
-from trainer.model.nf4 import fingerprint
+from trainer.model.quantized import fingerprint
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.preemption import StopRequest
@@ -53,7 +54,7 @@ from trainer.probe import Choice, choose_micro_batch
 from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
 from trainer.record import meeting, recorded, watched
-from trainer.resume import check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
+from trainer.resume import check_data, check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy, needs_group
@@ -63,11 +64,14 @@ logger = logging.getLogger(__name__)
 ALONE = World()
 
 
-def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
+def train(config: RunConfig, run_dir: Path, world: World = ALONE, data: str | None = None) -> None:
     """Trains, exports and verifies; continues where the run dir's newest intact checkpoint left off.
 
     Everything the user may have got wrong is looked at before the run dir is touched. Every process of the run calls
     this; they train together, and what follows (export) rank 0 does alone.
+
+    Args:
+        data: fingerprint that the data have to have; None: any.
 
     Raises:
         UserError: recipe, data or model cannot be used; the run dir is as it was.
@@ -83,7 +87,7 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE) -> None:
                 started = start_processes(world, needs_group(config), config.train.device)
                 processes = together.enter_context(started)
             watchdog = together.enter_context(watched(run, processes, stop))
-            tokenizer = _train_together(config, run, processes, stop, watchdog, at_end)
+            tokenizer = _train_together(config, run, processes, data, stop, watchdog, at_end)
         if world.rank == 0:
             _free_memory()
             export_result(config, run, tokenizer, stop)
@@ -93,6 +97,7 @@ def _train_together(
     config: RunConfig,
     run: RunDir,
     processes: Processes,
+    data: str | None,
     stop: StopRequest,
     watchdog: Watchdog,
     at_end: contextlib.ExitStack,
@@ -114,6 +119,7 @@ def _train_together(
         for name, report in splits.reports.items():
             log_report(name, report)
     check_same_everywhere(processes, {"recipe": dump_recipe(config), "data": splits.fingerprint})
+    check_data(splits.fingerprint, data)
     with watchdog.alone("fetching and building the model"):
         built = build_model(config, processes.device)
     check_stop()
@@ -128,7 +134,7 @@ def _train_together(
     logger.info("base in place after %.1f s", time.perf_counter() - started)
     watchdog.mark(0, "preparing to train")
     check_same_everywhere(processes, {"model.path": json.dumps(asdict(base))})
-    identity = {"base": asdict(base), "data": splits.fingerprint}
+    identity = {"base": asdict(base), "data": splits.fingerprint, "sources": splits.sources}
     check_identity(run, identity)
 
     with watchdog.alone("looking for the run dir"):
@@ -139,6 +145,8 @@ def _train_together(
     stop.hold_interrupts()
     strategy.prepare(partial(build_optimizer, config.optim))
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
+    watchdog.mark(0, "checking that packed documents do not see each other")
+    check_isolation(strategy)
     _fit(config, run, tokenizer, splits, built.model, num_trained, strategy, identity, stop, watchdog)
     return tokenizer
 

@@ -21,7 +21,7 @@ from trainer.data.sampler import Pack
 from trainer.data.types import IGNORE_INDEX
 from trainer.model.adapter_files import save_adapter
 from trainer.model.load import load_model
-from trainer.model.nf4 import NF4Linear
+from trainer.model.quantized import QuantizedLinear
 
 
 def train_reference(config: RunConfig, global_batches: Sequence[Sequence[Pack]], folder: Path) -> Trace:
@@ -76,7 +76,7 @@ def build_reference(config: RunConfig, folder: Path) -> nn.Module:
     ours = load_model(config, torch.device("cpu")).model
     with torch.no_grad():
         for name, module in ours.get_base_model().named_modules():
-            if isinstance(module, NF4Linear):
+            if isinstance(module, QuantizedLinear):
                 base.get_parameter(name.replace(".base_layer", "") + ".weight").copy_(module.dequantize(torch.float32))
     save_adapter(ours, folder)
     return PeftModel.from_pretrained(base, folder, is_trainable=True)

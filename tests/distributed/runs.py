@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from trainer.config import RunConfig
-from trainer.data.sampler import GlobalBatchSampler, Pack, collate, deal
+from trainer.data.sampler import GlobalBatchSampler, Pack, collate, deal, document_cost
 from trainer.data.types import IGNORE_INDEX
 from trainer.loss import PackedCausalLM
 from trainer.model.load import build_model, load_weights, set_recompute
-from trainer.model.nf4 import fingerprint
+from trainer.model.quantized import fingerprint
 from trainer.optim import build_optimizer
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy
@@ -106,7 +107,8 @@ def train_steps(
     processes, trace = strategy.processes, Trace()
     strategy.module.train()
     for step in steps:
-        dealt = deal(sampler.samples(step), processes.rank, processes.world_size, micro_batch)
+        costs = np.array([sum(document_cost(len(ids)) for ids, _ in packs[index]) for index in sampler.batch(step)])
+        dealt = deal(sampler.samples(step), costs, processes.rank, processes.world_size, micro_batch)
         batches = [
             collate([packs[sampler.pack(sample)] for sample in own], sampler.noise_seed(own[0] if own else 0))
             for own in dealt

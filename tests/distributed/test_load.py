@@ -26,7 +26,8 @@ from trainer.launchers import World
 from trainer.model.build import build_model
 from trainer.model.host import Host
 from trainer.model.load import load_weights
-from trainer.model.nf4 import Format, NF4Linear, fingerprint
+from trainer.model.nf4 import FourBit
+from trainer.model.quantized import QuantizedLinear, fingerprint
 from trainer.model.weights import build_on_meta
 from trainer.processes import Processes
 
@@ -253,9 +254,9 @@ def test_an_unforeseen_failure_is_told_with_its_rank(pool: Pools, world_size: in
 
 
 def build_layers() -> nn.ModuleList:
-    layers = nn.ModuleList(NF4Linear(64, out, False, Format("nf4", True), torch.float32) for out in (2, 32))
+    layers = nn.ModuleList(QuantizedLinear(64, out, False, FourBit("nf4", True), torch.float32) for out in (2, 32))
     for layer in layers:
-        assert isinstance(layer, NF4Linear)
+        assert isinstance(layer, QuantizedLinear)
         layer.set_weight(torch.randn(layer.out_features, 64, generator=torch.Generator().manual_seed(0)))
     return layers
 

@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "head and embeddings": ({"adapter": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}}, 1e-5),
     "some targets": ({"adapter": {"r": 4, "targets": ["k_proj", "down_proj"]}, **NF4}, 1e-4),
     "fp4": ({"adapter": {"r": 4}, "quantization": {"type": "fp4", "double_quant": False}}, 1e-4),
+    "int8": ({"adapter": {"r": 4}, "quantization": {"type": "int8"}}, 1e-4),
     "tied": ({"model": {"tied": True}}, 1e-5),
     "tied lora": ({"model": {"tied": True}, "adapter": {"r": 4}}, 1e-5),
     "full, bfloat16": ({"model": {"dtype": "bfloat16"}}, 1e-2),

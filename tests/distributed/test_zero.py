@@ -32,7 +32,7 @@ from trainer.data.sampler import GlobalBatchSampler, collate
 from trainer.errors import PacktrainError
 from trainer.loss import PackedCausalLM
 from trainer.model.load import build_model, load_weights, set_recompute
-from trainer.model.nf4 import fingerprint
+from trainer.model.quantized import fingerprint
 from trainer.optim import build_optimizer
 from trainer.processes import Processes
 from trainer.strategies.base import StateDict, Strategy

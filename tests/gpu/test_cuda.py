@@ -19,9 +19,12 @@ from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
 from trainer.model.attention import VARLEN, cached_attention, document_attention, varlen_attention
+from trainer.model.format import Format
+from trainer.model.int8 import Int8
 from trainer.model.layers import FusedRMSNorm
 from trainer.model.load import load_model, set_recompute
-from trainer.model.nf4 import Format, NF4Linear, dequantize_weight, fingerprint, quantize_weight
+from trainer.model.nf4 import FourBit
+from trainer.model.quantized import QuantizedLinear, fingerprint
 from trainer.model.swiglu import swiglu
 from trainer.model.weights import build_on_meta, random_tensor
 
@@ -29,7 +32,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [129, 1, 64, 318]
-FORMATS = [Format(type, double_quant) for type in ("nf4", "fp4") for double_quant in (False, True)]
+FORMATS = [FourBit(type, double_quant) for type in ("nf4", "fp4") for double_quant in (False, True)]
 QLORA: dict[str, Any] = {"adapter": {"r": 4}, "quantization": {"type": "nf4", "double_quant": True}}
 Recipe = Callable[..., RunConfig]
 
@@ -81,7 +84,7 @@ def test_varlen_attention_keeps_documents_apart() -> None:
         assert torch.equal(old, new) == (i != 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ 4 bit
+# ---------------------------------------------------------------------------------------------------------- quantised
 
 
 SHAPES = [(512, 1024), (48, 96), (5, 130), (2049, 4160)]  # blocks across rows, a short last block, several chunks
@@ -96,16 +99,16 @@ def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> to
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_4_bit_bytes_equal_the_cpus(format: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", [*FORMATS, Int8()], ids=str)
+def test_bytes_equal_the_cpus(format: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = weight_of(shape, dtype)
-    on_cpu, on_cuda = (quantize_weight(weight.to(device), format) for device in (CPU, CUDA))
+    on_cpu, on_cuda = (format.quantize(weight.to(device)) for device in (CPU, CUDA))
 
     assert all(tensor.is_cuda for tensor in on_cuda)
     assert all(torch.equal(ours, theirs.cpu()) for ours, theirs in zip(on_cpu, on_cuda, strict=True))
     for out in DTYPES:
-        dequantized, reference = dequantize_weight(*on_cuda, format, out).cpu(), dequantize_weight(*on_cpu, format, out)
-        if out == torch.float16:  # bitsandbytes' kernels round some products otherwise
+        dequantized, reference = format.dequantize(*on_cuda, out).cpu(), format.dequantize(*on_cpu, out)
+        if out == torch.float16 and format != Int8():  # bitsandbytes' kernels round some products otherwise
             assert (dequantized != reference).float().mean() < 1e-3
             torch.testing.assert_close(dequantized, reference, rtol=2**-10, atol=2**-24)
         else:
@@ -114,7 +117,7 @@ def test_4_bit_bytes_equal_the_cpus(format: Format, shape: tuple[int, int], dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_4_bit_against_bitsandbytes(format: Format, dtype: torch.dtype) -> None:
+def test_4_bit_against_bitsandbytes(format: FourBit, dtype: torch.dtype) -> None:
     """NF4 codes of bfloat16 equal; a neighbouring code where a rounding decides, and FP4's zero of either sign."""
     weight = random_tensor("w", torch.Size([2048, 4096]), 0.02, 0, dtype, CPU).to(CUDA)
     num_blocks = weight.numel() // 64
@@ -122,7 +125,7 @@ def test_4_bit_against_bitsandbytes(format: Format, dtype: torch.dtype) -> None:
         weight, compress_statistics=format.double_quant, quant_type=format.type, blocksize=64
     )
 
-    packed, scales = quantize_weight(weight, format)
+    packed, scales = format.quantize(weight)
 
     other = (packed.view(-1) != wanted.view(-1)).float().mean()
     assert other <= (2e-2 if format.type == "fp4" else 0 if dtype == torch.bfloat16 else 1e-5)
@@ -135,9 +138,9 @@ def test_4_bit_against_bitsandbytes(format: Format, dtype: torch.dtype) -> None:
     else:
         assert torch.equal(scales.view(torch.float32), state.absmax)
     theirs = bnb.functional.dequantize_4bit(wanted, state)
-    assert relative_error(dequantize_weight(packed, scales, format, dtype), theirs) < 2e-2
-    if format == Format("nf4", False) and dtype == torch.bfloat16:
-        assert torch.equal(dequantize_weight(packed, scales, format, dtype), theirs)
+    assert relative_error(format.dequantize(packed, scales, dtype), theirs) < 2e-2
+    if format == FourBit("nf4", False) and dtype == torch.bfloat16:
+        assert torch.equal(format.dequantize(packed, scales, dtype), theirs)
 
 
 def test_a_7b_layer_is_quantised_in_milliseconds() -> None:
@@ -149,24 +152,24 @@ def test_a_7b_layer_is_quantised_in_milliseconds() -> None:
     def quantise_layer() -> float:
         start = time.perf_counter()
         for weight in weights:
-            quantize_weight(weight, Format("nf4", True))
+            FourBit("nf4", True).quantize(weight)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
     assert min(quantise_layer() for _ in range(3)) < 0.06
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_4_bit_base_is_the_same_on_both_devices(double_quant: bool, toy_recipe: Recipe) -> None:
+@pytest.mark.parametrize("quantization", [{"double_quant": False}, {"double_quant": True}, {"type": "int8"}], ids=str)
+def test_quantised_base_is_the_same_on_both_devices(quantization: dict[str, Any], toy_recipe: Recipe) -> None:
     """So a checkpoint of one resumes on the other, and merges there."""
-    sections = {**QLORA, "quantization": {"type": "nf4", "double_quant": double_quant}}
+    sections = {**QLORA, "quantization": quantization}
     on_cpu, on_cuda = (load_model(toy_recipe(**sections), device).base for device in (CPU, CUDA))
     assert on_cpu.nf4_fingerprint is not None
     assert on_cpu == on_cuda
 
 
 def test_bytes_survive_the_way_to_the_device_and_casts() -> None:
-    layer = NF4Linear(96, 48, False, FORMATS[1], torch.bfloat16)
+    layer = QuantizedLinear(96, 48, False, FORMATS[1], torch.bfloat16)
     layer.set_weight(torch.randn(48, 96))
     before = fingerprint(layer)
     layer.to(CUDA, torch.bfloat16).half()

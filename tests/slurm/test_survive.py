@@ -24,7 +24,7 @@ def test_two_nodes_with_two_tasks_each_and_what_follows(
     states = {one["command"]: cluster.job(one["job_id"]) for one in run.job["then"]}
     assert [job["Partition"] for job in states.values()] == ["cpu", "cpu", "gpu"]
     assert (run.run.merged / "model.safetensors").exists()
-    assert json.loads((run.path / "evaluation.json").read_text())["loss"] > 0
+    assert json.loads((run.path / "evaluation.json").read_text())[0]["loss"] > 0
 
 
 def test_time_limit(cluster: Cluster, submit: Submitter, reference: dict[int, float]) -> None:
@@ -116,8 +116,9 @@ def test_scancel_is_no_preemption(cluster: Cluster, submit: Submitter) -> None:
     cluster.wait_until(lambda: cluster.job(merge)["JobState"] == "CANCELLED", 30, "what follows is cancelled")
 
 
-def test_a_chain_whose_middle_fails(cluster: Cluster, submit: Submitter) -> None:
-    run = submit(cluster, "--nodes", "1", "--then", "merge,verify,report", train={"max_steps": 100})
+def test_a_chain_whose_middle_fails_goes_on_from_there(cluster: Cluster, submit: Submitter) -> None:
+    asked: dict[str, Any] = {"train": {"max_steps": 100}}
+    run = submit(cluster, "--nodes", "1", "--then", "merge,verify,report", **asked)
     run.wait_for_step(1)
     (run.path / "merged").write_text("in the way")
     run.wait_for_end()
@@ -126,6 +127,18 @@ def test_a_chain_whose_middle_fails(cluster: Cluster, submit: Submitter) -> None
     assert cluster.job(merge)["JobState"] == "FAILED"
     assert cluster.job(verify)["JobState"] == "CANCELLED"
     assert run.state == "done"
+
+    (run.path / "merged").unlink()
+    submit(cluster, "--nodes", "1", "--then", "merge,verify,report", **asked)
+    last = run.job["then"][-1]["job_id"]
+    assert last != report
+    cluster.wait_until(lambda: cluster.job(last)["JobState"] == "COMPLETED", 180, "the chain's end")
+    assert (run.run.merged / "model.safetensors").exists() and run.run.report.exists()
+    assert [(end["command"], end["status"] == 0) for end in run.events("followed")] == [
+        ("merge", False),
+        *((command, True) for command in ("merge", "verify", "report")),
+    ]
+    assert len(run.events("start")) == 1  # no GPU was asked for again
 
 
 def test_wrong_data_found_by_the_job_are_not_tried_again(

@@ -229,7 +229,7 @@ def test_cancel_of_a_job_that_waits(lab: Cluster, tmp_path: Path, capsys: pytest
     job = Job(lab, tmp_path / "run", *TWO_NODES, "--hold")
     assert status(job.path, capsys)["warnings"] == ["waits for ever: it is held: scontrol release"]
     assert cli.main(["cancel", str(job.path)]) == 0
-    assert "waited, and is cancelled; no checkpoint" in capsys.readouterr().out
+    assert "waited, and is cancelled; it has no checkpoint" in capsys.readouterr().out
     assert job.said()["state"] == "cancelled" and ask(job.job_id).state == "CANCELLED"
 
 
@@ -241,7 +241,7 @@ def test_cancel_before_the_tasks_have_started(lab: Cluster, tmp_path: Path, caps
     assert status(job.path, capsys)["state"] == "cancelled"
 
 
-def test_cancel_now_saves_nothing(lab: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancel_now_waits_for_no_checkpoint(lab: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = Job(lab, tmp_path / "run", *TWO_NODES)
     job.wait_until_it_trains()
     assert cli.main(["cancel", str(job.path), "--now"]) == 0

@@ -49,7 +49,14 @@ def make_run(
             "time_minutes": 240,
             "partition": None,
             "max_restarts": 100,
-            "then": [{"command": command, "job_id": follower} for command, follower in then],
+            "then": [
+                {
+                    "command": command,
+                    "job_id": follower,
+                    "log": str(folder / "submissions" / "0001" / "script" / f"{follower}_0_log.out"),
+                }
+                for command, follower in then
+            ],
         }
         (folder / "job.json").write_text(json.dumps(job | submission))
         write_lines(folder / "attempts.jsonl", [{"event": "submit", "time": int(NOW - 4000)}, *attempts])

@@ -171,7 +171,7 @@ def test_rows_that_cannot_be_read_are_dropped_and_counted(
     assert summary["rows"] == 4
     assert summary["dropped"] == {
         "prompt is not text": 3,
-        "prompt holds half a character (a lone surrogate)": 1,
+        "it holds half a character (a lone surrogate)": 1,
         "completion is not text": 1,
     }
 
@@ -182,7 +182,7 @@ def test_pandas_empty_cells_are_empty() -> None:
 
     source = Source(path="p", format="alpaca")
     row = {"instruction": "i", "input": float("nan"), "output": "o"}
-    assert read_example(row, 0, source, {name: name for name in row}).messages[0]["content"] == "i"
+    assert read_example(row, 0, source, {name: (name,) for name in row}).messages[0]["content"] == "i"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from slurm.history import read_followed
+
 BATCH = Path(__file__).parents[2] / "slurm" / "batch.sh"
 SCONTROL = """#!/bin/bash
 echo "$*" >> {calls}
@@ -30,7 +32,17 @@ class Job:
         for path in (self.run / "checkpoints", self.submission, self.bin):
             path.mkdir(parents=True)
         (self.submission / "runs").write_text(f"{folder / 'other'}\n{self.run}\n")
-        (self.bin / "sleep").write_text("#!/bin/bash\n")
+        self.note("0001")
+        self.sleeps("")
+
+    def note(self, submission: str) -> None:
+        """What submit does when sbatch has answered."""
+        path = self.submission.parent / submission
+        (self.run / "job.json").write_text(json.dumps({"job_id": "99", "submission": str(path)}, indent=1))
+
+    def sleeps(self, shell: str) -> None:
+        """Seconds go by at once; `shell` is what happens meanwhile."""
+        (self.bin / "sleep").write_text(f"#!/bin/bash\n{shell}\n")
         (self.bin / "sleep").chmod(0o755)
 
     def save(self, step: int) -> None:
@@ -227,14 +239,32 @@ def test_a_setup_that_ends_the_shell_is_told(job: Job) -> None:
 
 
 def test_a_job_whose_run_was_submitted_again_leaves_it_alone(job: Job) -> None:
-    other = job.submission.parent / "0002"
-    (job.run / "job.json").write_text(json.dumps({"job_id": "99", "submission": str(other)}, indent=1))
+    job.note("0002")
     assert job(75, state_of("preempted")) == 1
     assert job.asked == []
     assert not (job.run / "attempts.jsonl").exists()
-    (job.run / "job.json").write_text(json.dumps({"job_id": "99", "submission": str(job.submission)}, indent=1))
+    job.note("0001")
     job(75, state_of("preempted"))
     assert job.asked == ["requeue 12_1"]
+
+
+@pytest.mark.parametrize("earlier", [None, "0000"])
+def test_a_job_that_submit_could_not_note_leaves_the_run_alone(
+    job: Job, earlier: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job.note(earlier) if earlier else (job.run / "job.json").unlink()
+    before = sorted(path.name for path in job.run.iterdir())
+    assert job(75, state_of("preempted")) == 1
+    assert job.asked == [] and sorted(path.name for path in job.run.iterdir()) == before
+    assert "packtrain submit was ended before it had noted job 12_1" in capfd.readouterr().err
+
+
+def test_a_job_that_starts_before_it_is_noted_waits_for_that(job: Job) -> None:
+    noted = job.run / "job.json"
+    noted.rename(job.run / "soon")
+    job.sleeps(f"mv {shlex.quote(str(job.run / 'soon'))} {shlex.quote(str(noted))}")
+    assert job(0, state_of("done"), saves=7) == 0
+    assert job.ends[0]["state"] == "done"
 
 
 def test_a_cluster_that_does_not_requeue(job: Job) -> None:
@@ -242,3 +272,15 @@ def test_a_cluster_that_does_not_requeue(job: Job) -> None:
     assert job.state["state"] == "failed"
     assert "can not be requeued" in job.state["reason"]
     assert job.ends[-1]["action"] == "give up"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_what_follows_notes_how_it_ended(job: Job, status: int) -> None:
+    lines = [f"SUBMISSION={shlex.quote(str(job.submission))}", f"source {BATCH}", "check_not_cancelled"]
+    environ = os.environ | {"SLURM_ARRAY_TASK_ID": "1"}
+    script = "\n".join([*lines, f"(exit {status})", "followed merge $?"])
+    assert subprocess.run(["bash", "-c", script], env=environ, timeout=60).returncode == status
+    assert read_followed(job.run) == ({"merge"} if status == 0 else set())
+    with open(job.run / "attempts.jsonl", "a") as file:
+        file.write('{"event":"start","time":1}\n')
+    assert read_followed(job.run) == set()  # trained again, it is to be merged again

@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import RunConfig
-from trainer.data import prepare
+from trainer.data import conversion, prepare
 from trainer.data.cache import ABANDONED_SECONDS, cache_root, open_or_build
 from trainer.data.masking import build_labels, load_template
 from trainer.data.prepare import iter_split_examples, load_split_examples, load_splits
@@ -82,6 +82,7 @@ def test_packs_know_their_lengths_without_their_tokens(
 ) -> None:
     packs = load_splits(toy_recipe(), toy_tokenizer).train
     assert packs.lengths().tolist() == [sum(len(ids) for ids, _ in pack) for pack in packs]
+    assert packs.costs().tolist() == [sum(len(ids) ** 2 + 65536 * len(ids) for ids, _ in pack) for pack in packs]
 
 
 def test_without_packing_each_row_is_a_pack(
@@ -156,7 +157,7 @@ def test_dropped_and_cut_rows_are_counted_by_reason(
     report = load_splits(config, toy_tokenizer).reports["train"]
     assert report.rows == 41 and report.truncated == 1
     assert report.dropped == {
-        "the answer is empty": 2,
+        "an answer is empty": 2,
         "its answer starts beyond pack_length": 1,
         "completion is not text": 1,
     }
@@ -185,7 +186,18 @@ def test_a_template_that_no_row_survives_is_an_error(
     template.write_text("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match=r"no stop token after an answer \(40\)|generation prompt.* \(40\)") as caught:
         load_splits(toy_recipe(data=rows_of(path, template=str(template))), toy_tokenizer)
-    assert caught.value.where == "data.template"
+    assert caught.value.where == "data" and "data.template" in caught.value.fix
+
+
+def test_a_source_of_which_nothing_is_left_is_an_error(
+    tmp_path: Path, toy_recipe: Recipe, toy_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    good, bad = write_rows(tmp_path / "good.jsonl", QUESTIONS), write_rows(tmp_path / "bad.jsonl", [("a", " ")] * 7)
+    data = rows_of(good)
+    data["train"].append({"path": str(bad), "format": "prompt_completion"})
+    with pytest.raises(UserError, match=r"all 7 rows of .*bad\.jsonl are refused: an answer is empty \(7\)") as caught:
+        load_splits(toy_recipe(data=data), toy_tokenizer)
+    assert caught.value.where == "data.train[1]"
 
 
 def test_plain_text_needs_train_on_all(
@@ -208,7 +220,7 @@ def test_a_pool_of_processes_gives_the_same_rows(
     config = toy_recipe(data=rows_of(path))
     alone = load_splits(config, toy_tokenizer)
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(prepare, "PARALLEL_ROWS", 1000)
+    monkeypatch.setattr(conversion, "PARALLEL_ROWS", 1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     pooled = load_splits(config, toy_tokenizer)
     assert any((tmp_path / "other").glob("*/meta.json"))

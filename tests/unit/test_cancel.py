@@ -105,7 +105,7 @@ def test_saving_takes_longer_than_the_wait(
     assert cli.main(["cancel", str(run_dir)]) == 0
     assert lab.calls == ["13", "--signal=TERM 12"]
     shown = capsys.readouterr().out
-    assert f"{run_dir}: job 12 saves a checkpoint and stops; and 1 job that would have followed\n" in shown
+    assert f"{run_dir}: job 12 saves a checkpoint and stops; cancelled what would have followed: job 13\n" in shown
     assert "--now does not wait for checkpoints" in shown
     assert state(run_dir) == "cancelling"
 
@@ -129,9 +129,8 @@ def test_a_waiting_job_and_what_follows_it_are_cancelled_at_once(
     assert cli.main(["cancel", str(run_dir)]) == 0
     assert lab.calls == ["13", "12"] and lab.marked_first
     said = capsys.readouterr().out
-    assert (
-        said == f"{run_dir}: job 12 waited, and is cancelled; step 300 is saved; and 1 job that would have followed\n"
-    )
+    followed = "cancelled what would have followed: job 13"
+    assert said == f"{run_dir}: job 12 waited, and is cancelled; step 300 is saved; {followed}\n"
     record = json.loads((run_dir / "state.json").read_text())
     assert (record["state"], record["step"], record["reason"]) == ("cancelled", 300, "packtrain cancel")
     assert state(run_dir) == "cancelled"
@@ -152,8 +151,41 @@ def test_now_does_not_wait_for_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
     lab.scancel(run_dir)
     assert cli.main(["cancel", str(run_dir), "--now"]) == 0
     assert lab.calls == ["12"] and lab.marked_first
-    assert capsys.readouterr().out == f"{run_dir}: job 12 is cancelled; no checkpoint\n"
+    assert capsys.readouterr().out == f"{run_dir}: job 12 is cancelled; it has no checkpoint\n"
     assert json.loads((run_dir / "state.json").read_text())["state"] == "cancelled"
+
+
+@pytest.mark.parametrize(("option", "says"), [([], "it saves a checkpoint and stops"), (["--now"], "is being ended")])
+def test_what_is_said_while_a_job_ends(
+    option: list[str],
+    says: str,
+    lab: Lab,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = make_run(tmp_path / "run", attempts=[start(60)], state="running")
+    lab.job("12", "RUNNING", with_tasks=True)
+    lab.commands.add("scancel")  # takes its time
+    monkeypatch.setattr(cancelling.cancel, "__defaults__", (False, 0.5))
+    assert cli.main(["cancel", str(run_dir), *option]) == 0
+    cancel_says = capsys.readouterr().out
+    assert cli.main(["status", str(run_dir)]) == 0
+    status_says = capsys.readouterr().out
+    assert says in status_says
+    assert [" saves " in said for said in (cancel_says, status_says)] == [not option] * 2
+
+
+def test_another_clusters_job_of_the_same_number_is_left_alone(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "run", attempts=[start(60)], state="running", cluster="there")
+    lab.job("12", "RUNNING", with_tasks=True)
+    lab.commands.add("scontrol", "ClusterName = here\n")
+    lab.scancel()
+    assert cli.main(["cancel", str(run_dir)]) == 2
+    assert "submitted on cluster there, and this host's is here" in capsys.readouterr().err
+    assert not lab.calls and not (run_dir / "cancelled").exists()
 
 
 def test_a_job_that_is_queued_again_meanwhile_is_cancelled_there(lab: Lab, tmp_path: Path) -> None:

@@ -182,8 +182,17 @@ def test_the_defaults_in_init_s_comments_are_the_defaults(tmp_path: Path) -> Non
     config, text = load_recipe(out), out.read_text()
     out.write_text(re.sub(r"^( *)(- )?# (\w+: )", r"\1\2\3", text, flags=re.MULTILINE))
     assert out.read_text() != text
-    assert "# revision" not in out.read_text()
+    assert not re.search(r"^\s*# revision:", out.read_text(), flags=re.MULTILINE)
     assert load_recipe(out) == config
+
+
+@pytest.mark.parametrize(("type", "double_quant"), [("nf4", True), ("fp4", True), ("int8", False)])
+def test_what_init_writes_can_be_quantised_in_every_way(type: str, double_quant: bool, tmp_path: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    assert cli.main([*INIT, "--out", str(out)]) == 0
+    found = load_recipe(out, {"quantization.type": type}).quantization
+    assert found and (found.type, found.double_quant) == (type, double_quant)
+    assert re.search(r"^  type: nf4  # .*nf4, fp4, int8", out.read_text(), flags=re.MULTILINE)
 
 
 def test_init_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,22 @@ def test_compute_dtype_is_the_quantization_s_or_the_model_s() -> None:
 
 
 @pytest.mark.parametrize(
+    ("quantization", "double_quant"),
+    [({}, True), ({"type": "fp4"}, True), ({"type": "int8"}, False), ({"double_quant": False}, False)],
+)
+def test_scales_are_quantised_too_where_that_can_be(quantization: dict[str, Any], double_quant: bool) -> None:
+    found = config(adapter={}, quantization=quantization)
+    assert found.quantization and found.quantization.double_quant is double_quant
+    assert RunConfig.model_validate(found.model_dump()) == found
+
+
+@pytest.mark.parametrize(
     ("sections", "text"),
     [
+        (
+            {"adapter": {}, "quantization": {"type": "int8", "double_quant": True}},
+            "int8 has one scale a row. Set it",
+        ),
         ({"quantization": {}}, "quantization needs an adapter"),
         ({"schedule": {"name": "plateau"}}, "schedule.name: plateau follows the validation loss"),
         ({"eval": {"early_stopping": {}}}, "eval.early_stopping follows the validation loss"),

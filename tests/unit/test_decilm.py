@@ -21,12 +21,12 @@ from trainer.checkpoint.layout import RunDir, read_manifest, write_manifest
 from trainer.config import ModelConfig, RunConfig
 from trainer.data.types import IGNORE_INDEX
 from trainer.errors import PacktrainError, UserError
-from trainer.evaluate import evaluate_folder
+from trainer.evaluate import evaluate, find_candidates
 from trainer.export.verify import verify_export
 from trainer.generate import load_for_inference
 from trainer.metrics.meters import flops_per_token
 from trainer.model.load import load_model
-from trainer.model.nf4 import NF4Linear
+from trainer.model.quantized import QuantizedLinear
 from trainer.model.weights import load_base_config
 from trainer.preflight import result_bytes
 
@@ -140,7 +140,7 @@ def with_adapter(base: Weights, adapter: Weights) -> Weights:
 
 def after_four_bits(base: Weights, model: Any) -> Weights:
     """The base with the numbers that the bytes of a loaded model's 4-bit layers stand for."""
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, NF4Linear)}
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, QuantizedLinear)}
     read = {n.replace(".base_layer", "") + ".weight": m.dequantize(torch.float32).detach() for n, m in layers.items()}
     assert len(read) == 7 * len(KV_HEADS)
     assert all((weight - base[name]).norm() < 0.15 * base[name].norm() for name, weight in read.items())
@@ -313,9 +313,8 @@ def test_answers_with_a_cache_are_those_without(trained: RunDir, tuned: Weights)
 
 
 def test_run_and_merged_model_have_one_loss(trained: RunDir) -> None:
-    of_run, of_merged = (
-        evaluate_folder(folder, exact_match=False, device=CPU) for folder in (trained.path, trained.merged)
-    )
+    candidates = find_candidates([trained.path, trained.merged], None, "validation")
+    of_run, of_merged = (evaluate(candidate, exact_match=False, device=CPU).total for candidate in candidates)
     assert of_merged.loss == pytest.approx(of_run.loss, rel=1e-5)
 
 

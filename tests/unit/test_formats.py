@@ -50,6 +50,32 @@ def test_a_field_may_be_the_text_of_several_columns() -> None:
     assert "its columns" not in caught.value.found and "schema, question, SQL" in str(caught.value)
 
 
+def test_what_a_column_begins_with_stays_and_what_surrounds_an_empty_one_goes() -> None:
+    mapped = {"input": "{instruction}\n\n{input}", "output": "{code}"}
+    row = {"instruction": "Write it.", "input": "", "code": "    return 1\n"}
+    assert read("input_output", row, **mapped) == asked("Write it.", "    return 1\n")
+
+
+def test_each_row_is_read_from_the_name_that_it_has() -> None:
+    source = Source(path="rows", format="alpaca")
+    columns = find_columns(source, ["instruction", "input", "context", "output"], "w")
+    rows = [{"instruction": "i", "input": "a", "context": None, "output": "o"}, {"instruction": "i", "context": "b"}]
+    first, second = (read_example({"output": "o", **row}, 0, source, columns).messages[0] for row in rows)
+    assert (first["input"], second["input"]) == ("a", "b")
+
+
+def test_openai_weights_silence_a_message() -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad", "weight": 0}]}
+    assert read("messages", row)[1] == {"role": "assistant", "content": "bad", "train": False}
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good", "weight": 1}]
+    assert read("sharegpt", {"conversations": turns})[1] == {"role": "assistant", "content": "good"}
+
+
+def test_other_formats_keys_are_not_the_alpaca_templates() -> None:
+    row = {"messages": [{"role": "user", "content": "q", "instruction": "i", "input": "x"}]}
+    assert read("messages", row) == [{"role": "user", "content": "q"}]
+
+
 def test_prompt_completion_and_text() -> None:
     assert read("prompt_completion", {"prompt": "Add 1 2.", "completion": 3}) == asked("Add 1 2.", "3")
     assert read("text", {"body": "<s>Once"}, text="body") == [{"role": "text", "content": "<s>Once"}]
@@ -112,6 +138,15 @@ def test_a_mapping_of_no_field_is_refused() -> None:
         ("messages", {"messages": [{"role": "user", "content": "a", "train": "no"}]}),
         ("messages", {"messages": [{"role": "text", "content": "a"}]}),
         ("messages", {"messages": ["hello"]}),
+        ("messages", {"messages": [{"role": "Assistant", "content": "a"}]}),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}),
+        ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}),
+        ("messages", {"messages": [{"role": "assistant", "content": "a", "reasoning_content": 5}]}),
+        ("messages", {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "\ud83d"}]}),
+        ("prompt_completion", {"prompt": "a", "completion": float("inf")}),
+        ("prompt_completion", {"prompt": " ", "completion": "a"}),
+        ("alpaca", {"instruction": "", "output": "a"}),
+        ("sharegpt", {"conversations": [{"from": "Alice", "value": "a"}]}),
     ],
 )
 def test_rows_that_are_no_example_are_told_apart(format: str, row: dict[str, Any]) -> None:

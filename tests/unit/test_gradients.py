@@ -18,7 +18,7 @@ from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
 from trainer.model.adapter_files import save_adapter
 from trainer.model.load import load_model, set_recompute
-from trainer.model.nf4 import NF4Linear
+from trainer.model.quantized import QuantizedLinear
 
 CPU = torch.device("cpu")
 Row = tuple[list[int], list[int]]
@@ -93,13 +93,13 @@ def randomize_adapter(model: nn.Module) -> None:
 
 
 def reference_model(config: RunConfig, ours: nn.Module, adapter_folder: Path) -> nn.Module:
-    """The base through `from_pretrained` in float32, dequantised where ours is 4 bit, with our adapter through PEFT."""
+    """The base through `from_pretrained` in float32, or ours dequantised, with our adapter through PEFT."""
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     if not config.adapter:
         return base
     with torch.no_grad():
         for name, module in ours.get_base_model().named_modules():  # type: ignore[operator]
-            if isinstance(module, NF4Linear):
+            if isinstance(module, QuantizedLinear):
                 base.get_parameter(name.replace(".base_layer", "") + ".weight").copy_(module.dequantize(torch.float32))
     save_adapter(ours, adapter_folder)
     return peft.PeftModel.from_pretrained(base, adapter_folder, is_trainable=True)
@@ -116,6 +116,8 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "qlora": ({"adapter": {"r": 4}, **QLORA}, 1e-4),
     "qlora some targets": ({"adapter": {"r": 4, "targets": ["k_proj"]}, **QLORA}, 1e-4),
     "qlora fp4": ({"adapter": {"r": 4}, "quantization": {"type": "fp4", "double_quant": False}}, 1e-4),
+    "int8": ({"adapter": {"r": 4}, "quantization": {"type": "int8"}}, 1e-4),
+    "int8 dora": ({"adapter": {"r": 4, "dora": True}, "quantization": {"type": "int8"}}, 1e-4),
     "qlora rslora": ({"adapter": {"r": 4, "rslora": True}, **QLORA}, 1e-4),
     "qdora": ({"adapter": {"r": 4, "dora": True}, **QLORA}, 1e-4),
 }

@@ -19,7 +19,7 @@ SHARED_BY_ROOMS = {"trainer.data.types", "trainer.checkpoint.layout"}  # types a
 ONLY_IN = {
     "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/verify.py"},
     "deepspeed": {"trainer/strategies/zero.py"},
-    "vllm": {"launch/serve.py", "trainer/export/verify.py"},
+    "vllm": {"trainer/vllm_engine.py"},
     "wandb": {"trainer/metrics/trackers.py"},
 }
 

@@ -125,14 +125,16 @@ def test_caches_are_the_submitters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "export PACKTRAIN_CACHE='/shared/cache of us'\n" in script_text(training_script(SLURM, "run", HERE))
 
 
-@pytest.mark.parametrize(("num_gpus", "partition"), [(0, "partition=cpu"), (1, "partition=gpu")])
-def test_what_follows_waits_for_success(num_gpus: int, partition: str) -> None:
+@pytest.mark.parametrize(("command", "partition"), [("merge", "partition=cpu"), ("evaluate", "partition=gpu")])
+def test_what_follows_waits_for_success(command: str, partition: str) -> None:
     slurm = SLURM.model_copy(update={"cpu_partition": "cpu"})
-    text = script_text(command_script(slurm, "run-merge", HERE, num_gpus, "12", 1))
+    text = script_text(command_script(slurm, "run", command, HERE, "12", 1))
     for line in (partition, "dependency=afterok:12", "kill-on-invalid-dep=yes", "nodes=1", "ntasks-per-node=1"):
         assert f"#SBATCH --{line}\n" in text
-    assert ("gpus-per-node=a100:1" in text) == bool(num_gpus)
-    assert "aftercorr:12" in script_text(command_script(slurm, "run-merge", HERE, num_gpus, "12", 4))
+    assert ("gpus-per-node=a100:1" in text) == (command == "evaluate")
+    assert f"#SBATCH --job-name=packtrain-run-{command}\n" in text and text.endswith(f"\nfollowed {command} $?")
+    assert "dependency" not in script_text(command_script(slurm, "run", command, HERE, None, 1))
+    assert "aftercorr:12" in script_text(command_script(slurm, "run", command, HERE, "12", 4))
 
 
 def test_the_scripts_shell_is_valid(tmp_path: Path) -> None:
@@ -195,6 +197,39 @@ def test_a_profiles_errors_name_its_lines(tmp_path: Path, toy_recipe_file: Calla
             load()
         assert f"{profile}:3: slurm.gpus: unknown field" in str(caught.value)
         assert f"{profile}:4: slurm.nodes: found" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the file is empty\n  allowed: a section with partition, account, "),
+        ("- a100\n", ":1: found a list\n  allowed: a section with partition, account, "),
+        (None, "no such file\n  fix: name a cluster's profile"),
+        ("nodes: 8.5\nnodes: 8\n", "2 errors\n"),
+    ],
+)
+def test_a_profile_that_is_none_is_not_called_a_recipe(
+    text: str | None, said: str, tmp_path: Path, toy_recipe_file: Callable[..., Path]
+) -> None:
+    profile = tmp_path / "cluster.yaml"
+    if text is not None:
+        profile.write_text(text)
+    for load in (lambda: load_recipe(toy_recipe_file(), {}, profile), lambda: load_profile(profile)):
+        with pytest.raises(UserError) as caught:
+            load()
+        heading = str(caught.value).splitlines()[0]
+        assert str(profile) in heading and said in str(caught.value)
+        assert "a recipe" not in str(caught.value) and "optim" not in str(caught.value)
+
+
+def test_a_number_for_a_variable_wants_quotes(toy_recipe_file: Callable[..., Path]) -> None:
+    recipe = toy_recipe_file()
+    with open(recipe, "a", encoding="utf-8") as file:
+        file.write('slurm: {env: {A: 8, B: "9"}}\n')
+    with pytest.raises(UserError, match=r'slurm\.env\.A: found 8\n  allowed: text\n  fix: put it in quotes: "8"'):
+        load_recipe(recipe)
+    slurm = load_recipe(recipe, {"slurm.env.A": "8", "slurm.sbatch.nice": "100"}).slurm
+    assert slurm.env == {"A": "8", "B": "9"} and slurm.sbatch == {"nice": 100}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from trainer.launchers import World
 from trainer.model import source, weights
 from trainer.model.build import build_model
 from trainer.model.load import load_model, load_weights, set_recompute
-from trainer.model.nf4 import Format, NF4Linear, fingerprint, quantize_weight
+from trainer.model.nf4 import FourBit
+from trainer.model.quantized import QuantizedLinear, fingerprint
 from trainer.model.shapes import SHAPES, published_shape
 from trainer.model.source import TensorReader, list_tensors
 from trainer.model.tokenizer import load_tokenizer
@@ -135,11 +136,11 @@ def test_quantised_base_is_the_file_quantised(toy_recipe: Recipe, toy_model_dir:
     layer = base.model.layers[1].mlp.down_proj.base_layer
     weight = load_file(toy_model_dir / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
 
-    packed, scales = quantize_weight(weight, Format("nf4", True))
+    packed, scales = FourBit("nf4", True).quantize(weight)
 
     assert torch.equal(layer.packed, packed)
     assert torch.equal(layer.scales, scales)
-    assert sum(isinstance(module, NF4Linear) for module in base.modules()) == 14
+    assert sum(isinstance(module, QuantizedLinear) for module in base.modules()) == 14
     assert isinstance(base.lm_head, nn.Linear)
     assert loaded.base.nf4_fingerprint == fingerprint(base)
 

@@ -78,6 +78,23 @@ def test_rank_0_and_its_job_each_line_once(
     assert shown.err == f"-- {run_dir} is running (job 12)\n"
 
 
+@pytest.mark.parametrize("option", [[], ["--follow"]])
+def test_jobs_that_follow_are_told_with_their_logs(
+    option: list[str], commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", attempts=[start(60)], state="done", then=[("merge", "13"), ("verify", "14")])
+    output(folder).parent.mkdir(parents=True)
+    write(output(folder, job_id="13"), "merging")
+    waits = squeue_line({"JobArrayID": "14", "State": "PENDING", "Reason": "Dependency"})
+    commands.add("squeue", squeue_line({"JobArrayID": "13"}) + waits)
+    assert cli.main(["logs", str(folder), "--lines=0", *option]) == 0
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told == [
+        f"-- then merge: job 13 RUNNING, log {output(folder, job_id='13')}",
+        "-- then verify: job 14 PENDING (Dependency)",
+    ]
+
+
 def test_a_line_that_comes_twice_is_shown_twice(commands: Commands, run_dir: Path) -> None:
     write(log(run_dir), *[f"{STAMP}retry"] * 2)
     write(output(run_dir), "retry", "retry", "retry")

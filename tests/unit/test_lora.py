@@ -19,7 +19,7 @@ from trainer.errors import PacktrainError, UserError
 from trainer.model.adapter_files import load_adapter, save_adapter
 from trainer.model.load import load_model
 from trainer.model.lora import FusedLora, LoraMatMul
-from trainer.model.nf4 import NF4Linear
+from trainer.model.quantized import QuantizedLinear
 
 CPU = torch.device("cpu")
 QUANTIZATION = {"type": "nf4", "double_quant": True}
@@ -67,7 +67,7 @@ def test_same_numbers_on_bit_views_of_the_bytes(toy_recipe: Recipe, adapter: dic
     model = build(toy_recipe, quantized=True, **adapter)
     wanted = logits(model)
     for layer in model.modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, QuantizedLinear):
             for name in ("packed", "scales"):
                 view = layer.get_parameter(name).detach().view(torch.bfloat16)
                 layer.register_parameter(name, torch.nn.Parameter(view, requires_grad=False))
@@ -172,8 +172,8 @@ def test_first_layer_asks_for_no_input_gradient(toy_recipe: Recipe) -> None:
 def test_peft_still_offers_custom_modules() -> None:
     """The one private name we stand on."""
     config = peft.LoraConfig()
-    config._register_custom_module({NF4Linear: FusedLora})
-    assert config._custom_modules == {NF4Linear: FusedLora}
+    config._register_custom_module({QuantizedLinear: FusedLora})
+    assert config._custom_modules == {QuantizedLinear: FusedLora}
     assert "_custom_modules" not in config.to_dict()
 
 

@@ -114,7 +114,10 @@ def test_masks_of_generated_conversations(
             labels += [IGNORE_INDEX] * len(head)
             labels += body + stop if i in wanted else [IGNORE_INDEX] * (len(body) + 1)
     row = label_one(messages, template, toy_tokenizer, train_on=train_on)
-    if train_on == "all" or any(messages[i]["content"].strip() for i in wanted):
+    special = [str(token) for token in toy_tokenizer.added_tokens_decoder.values()]
+    if any(token in message["content"] for message in messages for token in special):
+        assert row == Dropped("rows", 0, masking.HOLDS_SPECIAL)
+    elif train_on == "all" or (wanted and all(messages[i]["content"].strip() for i in wanted)):
         assert kept(row).ids == ids and kept(row).labels == labels
     else:
         assert isinstance(row, Dropped)

@@ -25,13 +25,14 @@ from trainer.checkpoint.layout import (
     write_atomically,
     write_manifest,
 )
+from trainer.checkpoint.result import find_result
 from trainer.config import ModelConfig, RunConfig
 from trainer.errors import PacktrainError, Preempted, UserError
-from trainer.export.adapter import why_vllm_refuses
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
 from trainer.model.weights import base_content_hash
 from trainer.recipe import dump_recipe
+from trainer.servable import why_only_merged
 
 LORA: dict[str, Any] = {"r": 4, "alpha": 16.0}
 NF4 = {"type": "nf4", "double_quant": True}
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora": {"adapter": LORA, "quantization": NF4},
     "qlora on some": {"adapter": {**LORA, "targets": ["q_proj"]}, "quantization": NF4},
     "qlora, plain scales": {"adapter": LORA, "quantization": {**NF4, "double_quant": False}},
+    "int8": {"adapter": LORA, "quantization": {"type": "int8"}},
     "qlora, dora": {"adapter": {**LORA, "dora": True}, "quantization": NF4},
 }
 
@@ -244,12 +246,12 @@ def test_what_vllm_serves_without_a_merge_is_known(
     case: str, tmp_path: Path, toy_recipe: Callable[..., RunConfig]
 ) -> None:
     """Its PEFTHelper needs these fields, and refuses DoRA and modules_to_save."""
-    run = make_run(tmp_path / "run", toy_recipe(**CASES[case]))
+    run = make_run(tmp_path / "run", toy_recipe(model={"dtype": "bfloat16"}, **CASES[case]))
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 16) and isinstance(config["target_modules"], list)
     assert config["use_rslora"] == (case == "rslora on some")
-    reason = {"dora": "DoRA", "head and embeddings": r"whole modules \(embed_tokens, lm_head\)"}.get(case)
-    found = why_vllm_refuses(config)
+    reason = {"dora": "use_dora", "head and embeddings": r"modules_to_save: \['embed_tokens', 'lm_head'\]"}.get(case)
+    found = why_only_merged(find_result(run))
     assert found is None if reason is None else re.search(reason, found or "")
 
 
@@ -421,12 +423,14 @@ def test_memory_is_at_most_twice_the_largest_file(
         make("toy", toy_model_dir, NF4),
         make("lora", tmp_path / "six", None),
         make("qlora", tmp_path / "one", NF4),
+        make("int8", tmp_path / "one", {"type": "int8"}),
     ]
     used = subprocess.run([sys.executable, "-c", MEASURE, *map(str, runs)], capture_output=True, text=True)
     assert used.returncode == 0, used.stderr
-    _, lora, qlora = map(float, used.stdout.split())
+    _, lora, qlora, int8 = map(float, used.stdout.split())
     assert 8 < lora < 2 * 65
     assert 8 < qlora < 2 * 129
+    assert 8 < int8 < 2 * 129
 
 
 def write_constants(folder: Path, toy: Path, num_files: int, layers: int) -> None:
@@ -551,6 +555,20 @@ class TestGoingOn:
         with pytest.raises(OSError, match="No space"):
             merge_adapter(sharded_run, tmp_path / "out", check=raise_at(12, OSError(28, "No space left on device")))
         assert not list(tmp_path.glob("out*"))
+
+    def test_without_what_else_the_earlier_start_left(self, sharded_run: Path, tmp_path: Path) -> None:
+        def stop(folder: Path) -> None:
+            assert (folder / "README.md").exists()
+            raise Preempted("stop")
+
+        with pytest.raises(Preempted):
+            merge_adapter(sharded_run, tmp_path / "out", approve=stop)
+        files = len(list((tmp_path / "out.unfinished").glob("*.safetensors")))
+        (tmp_path / "out.unfinished" / ".shards.unfinished.123.tmp").write_text("{")  # as a kill leaves it
+        assert self.went_on(sharded_run, tmp_path / "out") == files > 1
+        assert not list((tmp_path / "out").glob(".*"))
+        (tmp_path / "out" / "README.md").write_text("license: mit")
+        assert find_damage(tmp_path / "out") is None
 
     def test_what_is_not_approved_does_not_appear(self, sharded_run: Path, tmp_path: Path) -> None:
         def refuse(folder: Path) -> None:

@@ -116,6 +116,13 @@ def test_values_alone_take_all_their_rows_and_sample_draws_from_them() -> None:
     assert [row["kind"] for row in rows.take(three.tolist())] == ["poem"] * 3
 
 
+def test_values_are_of_any_plain_type() -> None:
+    rows = ListRows([{"kind": kind} for kind in (True, 1, 1.0, 0.5, "1", None, [1])], "hash")
+    for values, expected in (([True], [0]), ([1], [1, 2]), ([0.5, "1"], [3, 4])):
+        chosen = choose_rows(source(where={"column": "kind", "values": values}), rows, 0, 1, "w")
+        assert chosen.tolist() == expected
+
+
 MIX = {"column": "kind", "values": ["poem", "code"], "ratios": [0.5, 0.5], "total": 4}
 
 

@@ -165,7 +165,7 @@ def test_in_the_middle_of_preparing_data(toy_recipe_file: Callable[..., Path], t
 POOL = """
 import os, signal, sys, time
 from pathlib import Path
-from trainer.data import prepare
+from trainer.data import conversion
 from trainer.preemption import StopRequest
 
 class Converter:
@@ -174,9 +174,9 @@ class Converter:
         return os.getpid(), []
 
 def main():
-    prepare.PARALLEL_ROWS, prepare._Converter = 1, lambda *_: Converter()
+    conversion.PARALLEL_ROWS, conversion.Converter = 1, lambda *_: Converter()
     os.sched_getaffinity = lambda _: {0, 1}
-    with StopRequest(), prepare._workers(None, None, None, 10) as convert:
+    with StopRequest(), conversion.converting(None, None, None, 10) as convert:
         found = set()
         for index, (pid, _) in convert((index, 0.2) for index in range(40)):
             if index == 0:

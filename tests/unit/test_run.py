@@ -92,6 +92,20 @@ def test_a_run_leaves_everything_a_user_looks_for(toy_recipe, tmp_path):
     assert list(run.tensorboard.iterdir())
 
 
+def test_no_step_is_trained_where_packed_documents_see_each_other(toy_recipe, tmp_path, monkeypatch):
+    from trainer.model import attention
+
+    def over_the_row(*args, cu_seq_lens_q=None, **kwargs):
+        return sound(*args, **kwargs)
+
+    sound = attention.document_attention
+    monkeypatch.setattr(attention, "document_attention", over_the_row)
+    with pytest.raises(PacktrainError, match="packed_by_document lets packed documents see each other"):
+        train(toy_recipe(adapter=LORA), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    assert run.read_state()["state"] == "failed" and not run.steps() and not run.metrics.exists()
+
+
 def test_a_second_start_of_a_finished_run_verifies_what_lies_there(toy_recipe, tmp_path):
     config = toy_recipe(adapter=LORA, export={"merge": True, "verify": True})
     run = train(config, tmp_path / "run")

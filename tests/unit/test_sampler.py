@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.sampler import GlobalBatchSampler, collate, deal, sample_order
+from trainer.data.packing import pack_sequences
+from trainer.data.sampler import GlobalBatchSampler, collate, deal, document_cost, sample_order
 from trainer.data.types import IGNORE_INDEX
 
 PINNED = ([6, 2, 5, 7, 0, 9, 4, 3, 8, 1], [8, 0, 3, 7, 1, 4, 2, 9, 6, 5])
@@ -59,21 +60,64 @@ def test_there_is_no_step_beyond_the_last() -> None:
             sampler.batch(step)
 
 
-@given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 5))
+def deal_to_all(costs: np.ndarray, world_size: int, micro_batch: int) -> list[list[list[int]]]:
+    """Micro-batches of samples ``0, 1, ...`` by rank."""
+    return [deal(range(len(costs)), costs, rank, world_size, micro_batch) for rank in range(world_size)]
+
+
+costs_of_a_step = st.lists(st.integers(1, 2**30), min_size=1, max_size=70).map(np.array)
+
+
+@given(costs_of_a_step, st.integers(1, 9), st.integers(1, 5))
 @settings(max_examples=200, deadline=None)
 def test_every_rank_gets_as_many_micro_batches_and_every_sample_goes_once(
-    num_samples: int, world_size: int, micro_batch: int
+    costs: np.ndarray, world_size: int, micro_batch: int
 ) -> None:
-    dealt = [deal(range(num_samples), rank, world_size, micro_batch) for rank in range(world_size)]
-    assert len({len(batches) for batches in dealt}) == 1
-    assert sorted(s for batches in dealt for batch in batches for s in batch) == list(range(num_samples))
+    dealt = deal_to_all(costs, world_size, micro_batch)
+    assert {len(batches) for batches in dealt} == {-(-len(costs) // (world_size * micro_batch))}
+    assert sorted(s for batches in dealt for batch in batches for s in batch) == list(range(len(costs)))
     sizes = [sum(map(len, batches)) for batches in dealt]
     assert max(sizes) - min(sizes) <= 1, "no rank waits for more than one pack of another"
     assert all(len(batch) <= micro_batch for batches in dealt for batch in batches)
 
 
+def round_costs(dealt: list[list[list[int]]], costs: np.ndarray) -> np.ndarray:
+    """Of each rank's micro-batch in each round, ``[rounds, ranks]``."""
+    return np.array([[costs[batch].sum() for batch in of_round] for of_round in zip(*dealt, strict=True)])
+
+
+@given(costs_of_a_step, st.integers(2, 9))
+@settings(max_examples=200, deadline=None)
+def test_rounds_of_single_packs_last_as_short_as_they_can(costs: np.ndarray, world_size: int) -> None:
+    """No other way to deal has a smaller sum of the rounds' dearest packs than groups of neighbours by cost."""
+    rounds = round_costs(deal_to_all(costs, world_size, 1), costs)
+    assert rounds.max(axis=1).sum() == np.sort(costs)[::-1][::world_size].sum()
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 8]), st.integers(2, 4), st.integers(1, 6))
+@settings(max_examples=50, deadline=None)
+def test_steps_of_packed_rows_wait_less_than_in_stripes(
+    seed: int, world_size: int, micro_batch: int, rounds: int
+) -> None:
+    lengths = np.clip(np.random.default_rng(seed).lognormal(np.log(200), 0.9, 4000), 1, 2048).astype(np.int64)
+    packs = pack_sequences(lengths, 2048)
+    every_cost = np.add.reduceat(document_cost(lengths)[packs.rows], packs.offsets[:-1])
+    costs = every_cost[sample_order(len(packs), seed, 0)][: world_size * micro_batch * rounds]
+    stripes = [list(range(rank, len(costs), world_size)) for rank in range(world_size)]
+    striped = [[own[at : at + micro_batch] for at in range(0, len(own), micro_batch)] for own in stripes]
+    dealt = deal_to_all(costs, world_size, micro_batch)
+    waited = [round_costs(way, costs).max(axis=1).sum() for way in (dealt, striped)]
+    assert waited[0] <= waited[1]
+    totals = round_costs(dealt, costs).sum(axis=0)
+    assert totals.max() - totals.min() <= costs.max(), "nor does a rank have more to do in a whole step"
+
+
+def test_packs_that_cost_alike_are_dealt_in_turn() -> None:
+    assert deal_to_all(np.full(7, 5), 3, 2) == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
+
+
 def test_one_process_takes_the_samples_as_they_come() -> None:
-    assert deal(range(10, 15), 0, 1, 2) == [[10, 11], [12, 13], [14]]
+    assert deal(range(10, 15), np.arange(5), 0, 1, 2) == [[10, 11], [12, 13], [14]]
 
 
 def test_noise_is_of_the_sample_and_the_run_not_of_the_process() -> None:

@@ -94,6 +94,56 @@ def test_a_pattern_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> N
         open_source(source(tmp_path / "other-*"), "w")
 
 
+def test_a_column_that_a_late_row_is_the_first_to_have_is_there(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}] * 1500 + [{"prompt": "a", "completion": "b"}]
+    assert open_source(source(write(tmp_path / "rows.jsonl", rows)), "w").columns == ["prompt", "completion"]
+
+
+def test_what_an_object_of_a_table_lacks_is_not_there(tmp_path: Path) -> None:
+    """Arrow's objects have the fields of all: another call's arguments must not become this one's."""
+    calls = [{"city": "Paris"}, {"x": 1}]
+    path = write(tmp_path / "rows.parquet", [{"calls": [{"arguments": arguments}]} for arguments in calls])
+    rows = open_source(source(path), "w").take([0, 1])
+    assert [row["calls"][0]["arguments"] for row in rows] == calls
+
+
+@pytest.mark.parametrize("train", ["*.jsonl", "[a]*.jsonl"])
+def test_a_file_that_is_named_in_two_ways_is_held_out_all_the_same(tmp_path: Path, train: str) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", [{"prompt": f"more {i}", "completion": "a"} for i in range(25)])
+    own = {"split": {"validation": [source(path).model_dump()]}}
+    with pytest.raises(UserError, match="in train too"):
+        draw_splits(config(source(tmp_path / train), data=own))
+    parts = draw_splits(config(source(path), source(tmp_path / train), data={"split": {"validation": 0.2}}))
+    held_out = {row["prompt"] for row in taken(parts["validation"])}
+    assert held_out and not held_out & {row["prompt"] for row in taken(parts["train"])}
+
+
+def test_files_of_a_pattern_that_give_nothing_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl"):
+        open_source(source(tmp_path / "*.jsonl"), "w")
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "b.jsonl").touch()
+    with pytest.raises(UserError, match=r"b\.jsonl has no rows"):
+        open_source(source(tmp_path / "*.jsonl"), "w")
+
+
+def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "a.jsonl", ROWS)
+    write(tmp_path / "set" / "b.csv", ROWS)
+    with pytest.raises(UserError, match=r"several kinds: \.csv, \.jsonl"):
+        open_source(source(tmp_path / "set"), "w")
+
+
+def test_an_arrow_stream_that_breaks_off_between_batches_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "stream.arrow", ROWS)
+    whole.write_bytes(whole.read_bytes()[:-8])
+    with pytest.raises(UserError, match="breaks off"):
+        open_source(source(whole), "w")
+
+
 @pytest.mark.parametrize("fields", [{"split": "test"}, {"name": "main"}, {"revision": "v1"}])
 def test_what_only_hub_sets_have_is_refused_for_files(tmp_path: Path, fields: dict[str, str]) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
@@ -162,6 +212,9 @@ BAD_FILES = {
     "one.json": ('{"prompt": "a"}', "holds one dict"),
     "text.json": ('["a"]', "row 0 is a str"),
     "fields.csv": ("prompt,completion\na,b,c\n", "more fields than the header"),
+    "twice.csv": ("prompt,completion,completion\na,b,c\n", "two columns 'completion'"),
+    "number.json": ('[{"prompt": ' + "1" * 5000 + "}]", "digits"),
+    "~nobody-here/rows.jsonl": (None, "~nobody-here"),
     "empty.jsonl": ("\n", "has no rows"),
     "empty.csv": ("prompt,completion\n", "has no rows"),
     "not.parquet": ("PAR?", "is not Parquet"),

@@ -245,6 +245,33 @@ def test_a_controller_that_is_down_is_told(
     assert run["state"] == "requeued" and "Unable to contact slurm controller" in run["job"]["reason"]
 
 
+def test_a_job_of_another_cluster_is_not_taken_for_one_of_here(
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.add("scontrol", "Configuration data as of now\nClusterName             = here\n")
+    job(commands, RUNNING, {"JobArrayID": "13", "State": "FAILED"})
+    made: dict[str, Any] = {"attempts": FIRST, "then": [("merge", "13")], "cluster": "there"}
+    running = make_run(tmp_path / "running", state="running", steps=20, **made)
+    failed = make_run(tmp_path / "failed", state="failed", reason="NaN", **made)
+    new = make_run(tmp_path / "new", cluster="there")
+    gone = make_run(tmp_path / "gone", "999", state="running", attempts=FIRST, cluster="there")
+    own = make_run(tmp_path / "own", attempts=FIRST, cluster="here")
+    found = ask(capsys, running, failed, new, gone, own)["runs"]
+    assert [(run["state"], run["detail"]) for run in found] == [
+        ("running", "by the run dir alone"),
+        ("failed", "NaN"),
+        ("unknown", "by the run dir alone"),
+        ("running", "by the run dir alone"),
+        ("starting", ""),
+    ]
+    assert found[0]["warnings"] == [] and found[0]["step"] == 20
+    assert len(commands.calls("scontrol")) == 1
+    for folders in ([gone], [running, gone, own]):
+        assert cli.main(["status", *map(str, folders)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("! SLURM cannot be asked: submitted on cluster there, and this host's is here") == 1
+
+
 def test_a_local_run(commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for said, state in {"running": "running", "preempted": "stopped", "done": "done", "failed": "failed"}.items():
         run = ask_run(capsys, make_run(tmp_path / said, None, state=said, steps=5))
@@ -264,6 +291,30 @@ def test_damaged_files_are_left_out(commands: Commands, tmp_path: Path, capsys: 
     assert (run["step"], run["state"], len(run["attempts"])) == (20, "starting", 1)
     (run_dir / "job.json").write_text("")
     assert ask_run(capsys, run_dir)["job"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "step", "loss"),
+    [
+        (b'{"kind":"step","step":21,"loss":"abc","tokens_per_second":"fast","seconds":[2]}\n', 21, None),
+        (b'{"kind":"step","step":21,"loss":{"a":1},"tokens_per_second":null,"seconds":NaN}\n', 21, None),
+        (b'{"kind":"eval","step":21,"loss":"low","seconds":null}\n', 20, 2.05),
+        (b'{"kind":"event","step":21,"event":"start","num_steps":"many"}\n', 20, 2.05),
+        (b'{"kind":"step","step":21,"lo', 20, 2.05),
+    ],
+)
+def test_numbers_that_are_none_are_left_out(
+    line: bytes, step: int, loss: float | None, commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "run", attempts=FIRST, state="running", steps=20, evals={10: 1.5})
+    with open(run_dir / "metrics.jsonl", "ab") as file:
+        file.write(line)
+    job(commands, RUNNING)
+    run = ask_run(capsys, run_dir)
+    assert (run["state"], run["step"], run["loss"]) == ("running", step, loss)
+    assert (run["validation_loss"], run["best_validation_loss"]) == (1.5, 1.5)
+    for folders in ([run_dir], [run_dir, make_run(tmp_path / "other", "13")]):
+        assert cli.main(["status", *map(str, folders)]) == 0
 
 
 # several runs and sweeps
@@ -338,6 +389,22 @@ def test_all_that_was_submitted_newest_first(
     assert rows[0][:4] == ["runs/group/new[1]", "running", "20/1000", "2.0500"]
     assert [row[0] for row in rows[1:3]] == ["runs/sweep", "runs/old"]
     assert len(ask(capsys, "runs")["runs"]) == 2  # a folder of runs does as well
+
+
+def test_of_many_runs_that_ended_alike_a_few_are_explained(
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(30):
+        make_run(tmp_path / f"runs/{number}", f"{20 + number}", state="cancelled", reason="packtrain cancel")
+    for number in range(5):
+        make_run(tmp_path / f"runs/bad{number}", f"{60 + number}", state="failed", reason=f"NaN {number}")
+    (tmp_path / "runs/29/blamed").write_text("n1\nn1\n")
+    assert cli.main(["status"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": " in line]
+    assert sum("packtrain cancel" in line for line in lines) == 5
+    assert "and 25 more cancelled: packtrain status RUN_DIR says why" in lines
+    assert [line.partition(": ")[2] for line in lines if "bad" in line] == [f"NaN {number}" for number in range(5)]
+    assert any(line.endswith("no longer used: n1") for line in lines)  # what somebody should look at is always told
 
 
 def test_in_a_pipe_a_row_stays_on_its_line(commands: Commands, tmp_path: Path) -> None:

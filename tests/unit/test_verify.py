@@ -20,7 +20,6 @@ from trainer.config import RunConfig
 from trainer.data.masking import build_labels
 from trainer.data.prepare import load_split_examples
 from trainer.errors import PacktrainError, UserError
-from trainer.evaluate import packed_loss
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
 from trainer.generate import load_for_inference
@@ -135,7 +134,7 @@ class TestPlantedFaults:
         from trainer.export.verify import Verifier
 
         with torch.no_grad():
-            untouched = Verifier(run / "merged")._read(f"base_model.model.{Q_PROJ}")
+            untouched = Verifier(run / "merged").read_trained(f"base_model.model.{Q_PROJ}")
         self.change(run, Q_PROJ, lambda _: untouched)
         self.catch(run, "q_proj.weight is the base's, although its adapter is not zero")
 
@@ -183,6 +182,26 @@ class TestPlantedFaults:
     def test_stop_token_lost(self, run: Path) -> None:
         self.rewrite(run / "merged" / "generation_config.json", eos_token_id=5)
         self.catch(run, "without the trained stop token")
+
+    def test_stop_token_that_is_none(self, run: Path) -> None:
+        self.rewrite(run / "merged" / "generation_config.json", eos_token_id=[2, 65])
+        self.catch(run, "neither training nor base end answers at 65")
+
+    @pytest.mark.parametrize(
+        ("name", "match"),
+        [
+            ("tokenizer.json", "tokenizer: cannot be loaded, a file of it is missing"),
+            ("tokenizer_config.json", "tokenizer: bos_token is None"),
+            ("chat_template.jinja", "tokenizer: chat_template is None"),
+            ("generation_config.json", "without the trained stop token"),
+            ("config.json", "config.json is missing"),
+        ],
+    )
+    def test_file_missing(self, run: Path, name: str, match: str) -> None:
+        (run / "merged" / name).unlink()
+        with pytest.raises(PacktrainError, match=f"{name}.*missing"):
+            verify_export(run)
+        self.catch(run, match)
 
     def test_tokenizer_of_another_model(self, run: Path) -> None:
         file = run / "merged" / "tokenizer.json"
@@ -242,10 +261,13 @@ def test_what_merging_did_to_the_validation_loss_is_written_down(
     for name, folder in {"as_trained": run, "merged": run / "merged"}.items():
         loaded = load_for_inference(folder, torch.device("cpu"))
         examples = load_split_examples(config, "validation", loaded.tokenizer)[:8]
-        packs = [
-            [(row.ids, row.labels)] for row in build_labels(examples, loaded.template, loaded.tokenizer, config.data)
-        ]
-        losses[name], tokens = packed_loss(loaded.model, packs, config, torch.device("cpu"))
+        total, tokens = 0.0, 0
+        for row in build_labels(examples, loaded.template, loaded.tokenizer, config.data):
+            trained = sum(label != -100 for label in row.labels[1:])
+            with torch.no_grad():
+                loss = loaded.model(input_ids=torch.tensor([row.ids]), labels=torch.tensor([row.labels])).loss.item()
+            total, tokens = total + trained * loss, tokens + trained
+        losses[name] = total / tokens
         assert tokens == found.tokens
     assert found.merged == pytest.approx(losses["merged"], abs=1e-5)
     assert found.as_trained == pytest.approx(losses["as_trained"], abs=1e-5)
@@ -254,4 +276,5 @@ def test_what_merging_did_to_the_validation_loss_is_written_down(
     assert f"- Validation loss: {found.merged:.4f} merged" in (run / "merged" / "README.md").read_text()
     assert find_damage(run / "merged") is None
     assert verify_export(run).validation == found
-    assert (run / "merged" / "README.md").read_text().count("- Validation loss") == 1
+    card = (run / "merged" / "README.md").read_text()
+    assert card.count("- Validation loss") == 1 and "## Merge\n\n- Validation loss" in card and "Contact:" in card

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.checkpoint.layout import RunDir, find_damage, newest_manifest, read_manifest
+from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, hash_file, newest_manifest, read_manifest
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINING = ("step", "base", "data", "sources")  # of a checkpoint's manifest, and of what is made of it
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,54 @@ def find_result(folder: Path) -> Result:
         "neither a run (recipe.yaml and checkpoints/), an adapter (adapter_config.json) nor a model (config.json)",
         fix="name the --run-dir of a training, or a folder that transformers or PEFT wrote",
     )
+
+
+def find_finished(folder: Path) -> Result:
+    """What to hand on of a run or a folder: the merged model where a run has one, else its model or adapter.
+
+    Raises:
+        UserError: nothing of the kind is there, the run is not done, or its merged model is of another adapter.
+        PacktrainError: a file is not as its manifest says.
+    """
+    is_merged = is_run(folder) and RunDir(folder).merged.is_dir()
+    if is_run(folder):
+        _check_done(RunDir(folder))
+    result = find_result(RunDir(folder).merged if is_merged else folder)
+    has_manifest = is_merged or (result.folder / MANIFEST).exists()  # what other programs wrote has none
+    if has_manifest and (damage := find_damage(result.folder)):
+        fix = "write it again: `packtrain merge` what was merged, `packtrain train` what a run ends with"
+        raise PacktrainError(f"{damage}\n  fix: delete {result.folder} and {fix}")
+    if is_merged:
+        _check_merged_from_own(RunDir(folder))
+    return result
+
+
+def _check_done(run: RunDir) -> None:
+    state = run.read_state().get("state", "not recorded")
+    if state != "done":
+        fix = f"let `packtrain train` finish it, or `packtrain merge {run.path} --out DIR` what is saved, and name DIR"
+        raise UserError(str(run.path), f"the run's state is {state}", "a run that is done", fix)
+
+
+def _check_merged_from_own(run: RunDir) -> None:
+    merged = read_manifest(run.merged).get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
+    own = run.adapter / ADAPTER_WEIGHTS
+    if own.exists() and hash_file(own) != merged:
+        fix = f"delete {run.merged} and `packtrain merge {run.path}`"
+        raise UserError(str(run.merged), "merged from another adapter than the run has now", "the run's own", fix)
+
+
+def training_of(result: Result) -> dict[str, Any]:
+    """What is recorded of the training behind a result: step, base, data and sources, as far as they are known."""
+    for folder in (result.folder, result.folder.parent):  # its own manifest, or the one of the checkpoint it lies in
+        with contextlib.suppress(PacktrainError):
+            return training_in(read_manifest(folder))
+    return training_in(newest_manifest(result.run_dir)) if result.run_dir else {}
+
+
+def training_in(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that says how its files were trained."""
+    return {key: manifest[key] for key in TRAINING if key in manifest}
 
 
 def enclosing_run(folder: Path) -> RunDir | None:

@@ -31,6 +31,7 @@ from blake3 import blake3
 
 from trainer.checkpoint.layout import sync
 from trainer.data.packing import Packs
+from trainer.data.sampler import document_cost
 from trainer.data.types import TokenizedRow
 
 log = logging.getLogger(__name__)
@@ -73,11 +74,12 @@ def open_or_build(key: str, build: Callable[[Path], None], check: Callable[[], N
     root = cache_root()
     final = root / key
     if final.is_dir():
+        _remove_abandoned(root)
         return final
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root / f"{key}.lock", check):
         if not final.is_dir():
-            _remove_abandoned(root, key)
+            _remove_abandoned(root)
             _build(final, build)
     return final
 
@@ -120,9 +122,9 @@ def _try_lock(file: TextIO) -> bool:
     return True
 
 
-def _remove_abandoned(root: Path, key: str) -> None:
+def _remove_abandoned(root: Path) -> None:
     """Removes what builders left that were killed long ago; a younger one may be at work on another host."""
-    for path in root.glob(f"{key}.*.tmp"):
+    for path in root.glob("*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
@@ -182,13 +184,24 @@ class ArrowRows(Sequence[TokenizedRow]):
     def __getitem__(self, index: int) -> TokenizedRow:  # type: ignore[override]
         batch, i = self._find(index)
         ids, labels = batch.document(i)
-        source = self._source_names[batch.source[i]]
-        return TokenizedRow(source, int(batch.row[i]), ids, labels, bool(batch.truncated[i].as_py()))
+        return TokenizedRow(self.source(index), int(batch.row[i]), ids, labels, bool(batch.truncated[i].as_py()))
 
     def document(self, index: int) -> tuple[list[int], list[int]]:
         """Ids and labels of a row."""
         batch, i = self._find(index)
         return batch.document(i)
+
+    def sources(self) -> dict[str, list[int]]:
+        """Indices of the rows of each data set."""
+        found: dict[str, list[int]] = {}
+        for index, (source, _) in enumerate(self.origins()):
+            found.setdefault(self._source_names[source], []).append(index)
+        return found
+
+    def source(self, index: int) -> str:
+        """Which data set a row came from."""
+        batch, i = self._find(index)
+        return self._source_names[batch.source[i]]
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 ``[rows]``."""
@@ -243,9 +256,18 @@ class ArrowPacks:
     def __iter__(self) -> Iterator[list[tuple[list[int], list[int]]]]:
         return (self[i] for i in range(len(self)))
 
+    def sources(self, index: int) -> list[str]:
+        """Which data set each document of a pack came from."""
+        members = self._indices[self._offsets[index] : self._offsets[index + 1]]
+        return [self.rows.source(row) for row in members.tolist()]
+
     def lengths(self) -> np.ndarray:
         """Tokens of each pack, int64 ``[packs]``; reads no token."""
         return np.add.reduceat(self.rows.lengths()[self._indices], self._offsets[:-1])
+
+    def costs(self) -> np.ndarray:
+        """`document_cost` of each pack, int64 ``[packs]``; reads no token."""
+        return np.add.reduceat(document_cost(self.rows.lengths())[self._indices], self._offsets[:-1])
 
 
 def fingerprint(folders: Sequence[Path]) -> str:

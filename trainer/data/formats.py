@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from trainer.errors import UserError
 TEXT_ROLE = "text"
 COLUMN = re.compile(r"\{([^{}]+)\}")
 TOOL_CALLS = "tool_calls"
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+NO_QUESTION = "the question is empty"
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -63,14 +66,15 @@ class Format:
     to_messages: Callable[[dict[str, Any]], list[Message]]
 
 
-def find_columns(source: Source, columns: list[str], where: str) -> dict[str, str]:
-    """Which column each field of the format is read from, or the text of several: ``"{schema}\n\n{question}"``.
+def find_columns(source: Source, columns: list[str], where: str) -> dict[str, tuple[str, ...]]:
+    """Which columns each field of the format is read from, the first that a row has, or the text of several:
+    ``"{schema}\n\n{question}"``.
 
     Raises:
         UserError: a mapping names no field of the format or no column, or a required field has no column.
     """
     fields = FORMATS[source.format].fields
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name in source.columns:
         if name not in fields:
             raise UserError(
@@ -81,9 +85,9 @@ def find_columns(source: Source, columns: list[str], where: str) -> dict[str, st
             )
     for name, field in fields.items():
         wanted = (source.columns[name],) if name in source.columns else field.names
-        present = [column for column in wanted if column in columns or _names_columns(column, columns)]
+        present = tuple(column for column in wanted if column in columns or _names_columns(column, columns))
         if present:
-            found[name] = present[0]
+            found[name] = present
         elif field.required or name in source.columns:
             raise UserError(
                 f"{where}.columns",
@@ -99,7 +103,7 @@ def _names_columns(text: str, columns: list[str]) -> bool:
     return bool(names) and set(names) <= set(columns)
 
 
-def read_example(row: Mapping[str, Any], index: int, source: Source, columns: Mapping[str, str]) -> Example:
+def read_example(row: Mapping[str, Any], index: int, source: Source, columns: Mapping[str, tuple[str, ...]]) -> Example:
     """The `Example` of a row.
 
     Args:
@@ -108,20 +112,29 @@ def read_example(row: Mapping[str, Any], index: int, source: Source, columns: Ma
     Raises:
         BadRow: a field is missing or is not what the format wants.
     """
-    fields = {name: _value(row, column) for name, column in columns.items()}
-    return Example(source.path, index, FORMATS[source.format].to_messages(fields), _tools(fields.get("tools")))
+    values = {name: [_value(row, column) for column in wanted] for name, wanted in columns.items()}
+    fields = {name: next((value for value in found if not _is_absent(value)), None) for name, found in values.items()}
+    messages, tools = FORMATS[source.format].to_messages(fields), _tools(fields.get("tools"))
+    check_characters([messages, tools])
+    return Example(source.path, index, messages, tools)
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:
     """What a field is read from: the column, or the columns that its text names, empty where they are."""
-    if column in row or not COLUMN.search(column):
+    names = COLUMN.findall(column)
+    if column in row or not names:
         return row.get(column)
-    texts = {name: _optional_text(row, name) for name in COLUMN.findall(column)}
-    return COLUMN.sub(lambda match: texts[match[1]], column).strip()
+    texts = {name: _optional_text(row, name) for name in names}
+    text = COLUMN.sub(lambda match: texts[match[1]], column)
+    # What is left around a column that is empty is the recipe's; what a column begins or ends with is its own.
+    text = text if texts[names[0]] else text.lstrip()
+    return text if texts[names[-1]] else text.rstrip()
 
 
 def _alpaca(fields: dict[str, Any]) -> list[Message]:
     instruction, context = _text(fields, "instruction"), _optional_text(fields, "input")
+    if not (instruction + context).strip():
+        raise BadRow(NO_QUESTION)
     user = {"role": "user", "content": instruction}
     if context.strip():  # the alpaca template shows instruction and input apart
         user = {"role": "user", "content": f"{instruction}\n\n{context}", "instruction": instruction, "input": context}
@@ -130,10 +143,14 @@ def _alpaca(fields: dict[str, Any]) -> list[Message]:
 
 def _question_and_answer(question: str, answer: str) -> Callable[[dict[str, Any]], list[Message]]:
     """What makes messages of two fields, by their names."""
-    return lambda fields: [
-        {"role": "user", "content": _text(fields, question)},
-        {"role": "assistant", "content": _text(fields, answer)},
-    ]
+
+    def to_messages(fields: dict[str, Any]) -> list[Message]:
+        asked = _text(fields, question)
+        if not asked.strip():
+            raise BadRow(NO_QUESTION)
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": _text(fields, answer)}]
+
+    return to_messages
 
 
 def _plain_text(fields: dict[str, Any]) -> list[Message]:
@@ -153,11 +170,18 @@ def _messages(fields: dict[str, Any]) -> list[Message]:
 def _message(message: Any) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRow("a message has no role")
-    if message["role"] == TEXT_ROLE:
-        raise BadRow(f"a message has the role {TEXT_ROLE!r}")
-    if not isinstance(message.get("train", True), bool | None):
+    if message["role"] not in ROLES:
+        raise BadRow(f"a message's role is none of {', '.join(ROLES)}")
+    # Arrow fills absent keys with null; what the alpaca template reads is its own format's.
+    kept = {key: value for key, value in message.items() if value is not None and key not in ("instruction", "input")}
+    if (weight := kept.pop("weight", 1)) not in (0, 1):
+        raise BadRow("a message's weight is neither 0 nor 1")
+    if not isinstance(kept.get("train", True), bool):
         raise BadRow("a message's train is neither true nor false")
-    kept = {key: value for key, value in message.items() if value is not None}  # Arrow fills absent keys with null
+    if not weight:
+        kept["train"] = False  # as OpenAI says it
+    if not isinstance(kept.get("reasoning_content", ""), str):
+        raise BadRow("a message's reasoning_content is not text")
     if not kept.get(TOOL_CALLS):
         kept.pop(TOOL_CALLS, None)
         return {**kept, "content": _content(message.get("content"))}
@@ -190,10 +214,8 @@ def _tools(tools: Any) -> list[dict[str, Any]]:
 
 def _parsed(value: Any, name: str) -> Any:
     try:
-        return json.loads(_whole(value, name)) if isinstance(value, str) else value
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        if isinstance(error, BadRow):
-            raise
         raise BadRow(f"{name} is not JSON") from error
 
 
@@ -216,27 +238,28 @@ def _turn(turn: Any) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
         raise BadRow("a turn does not say who it is from")
     if turn["from"] not in SPEAKERS:
-        raise BadRow(f"a turn is from {turn['from'][:40]!r}, not one of {', '.join(SPEAKERS)}")
-    message = {"role": SPEAKERS[turn["from"]], "content": _content(turn.get("value"))}
-    return message if turn.get("train") is None else _message({**message, "train": turn["train"]})
+        raise BadRow(f"a turn is from none of {', '.join(SPEAKERS)}")
+    told = {name: turn[name] for name in ("train", "weight") if name in turn}
+    return _message({"role": SPEAKERS[turn["from"]], "content": turn.get("value"), **told})
 
 
 def _content(content: Any) -> str:
     """Text, also of OpenAI's list of text parts."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        parts = [part.get("text") for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
         raise BadRow("a message's content is not text")
-    return _whole(content, "a message's content")
+    return content
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and not _is_absent(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text")
-    return _whole(value, name)
+    return value
 
 
 def _optional_text(fields: Mapping[str, Any], name: str) -> str:
@@ -248,11 +271,14 @@ def _is_absent(value: Any) -> bool:
     return value is None or value != value
 
 
-def _whole(text: str, name: str) -> str:
-    """`text`, if no character was cut in two: JSON can escape half a surrogate pair, which no tokenizer takes."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRow(f"{name} holds half a character (a lone surrogate)")
-    return text
+def check_characters(values: Any) -> None:
+    """Refuses text with half a character: JSON can escape half a surrogate pair, and no tokenizer takes it."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("it holds half a character (a lone surrogate)") from error
+    except RecursionError as error:
+        raise BadRow("it nests too deep") from error
 
 
 TOOLS = Field(("tools",), required=False)

@@ -26,6 +26,7 @@ Place = tuple[str | int, ...]  # such as ("content",) or ("tool_calls", 0, "func
 
 ALTERED = "the template alters a message's text"
 LEFT_OUT = "the template leaves out or reorders messages"
+NO_CALLS = "the template does not write a message's tool calls"
 NO_STOP = "the template writes no stop token after an answer"
 NO_PROMPT_END = "the template's generation prompt is not what precedes the answer"
 STARTS_WITH_ANSWER = "the conversation starts with the answer"
@@ -79,6 +80,9 @@ class Layouts:
             order = [i for i, _ in slots]
             if order != sorted(order) or set(order) != set(range(len(messages))):
                 raise Rejected(LEFT_OUT)
+            called = {i for (i, _), place in places.items() if place[0] == TOOL_CALLS}
+            if called - {i for i, place in slots if place[0] == TOOL_CALLS}:
+                raise Rejected(NO_CALLS)
             self._known[key] = Layout(tuple(pieces[::3]), slots)
         return self._known[key]
 

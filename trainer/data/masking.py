@@ -16,17 +16,18 @@ from __future__ import annotations
 import contextlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.config import DataConfig
 from trainer.data.formats import TEXT_ROLE, TOOL_CALLS
-from trainer.data.layout import NO_STOP, Layouts, Rejected, Span, stop_candidates
-from trainer.data.templates import Template, adds_bos, load_template, template_text
+from trainer.data.layout import NO_STOP, Layouts, Rejected, Span, stop_candidates, texts_of
+from trainer.data.templates import Template, adds_bos, fixed_date, load_template, template_text
 from trainer.data.types import IGNORE_INDEX, Example, TokenizedRow
 from trainer.errors import UserError
 
@@ -47,13 +48,18 @@ __all__ = [
 TOO_LONG = "longer than pack_length"
 ANSWER_TOO_FAR = "its answer starts beyond pack_length"
 NOTHING_TRAINED = "no trained token"
-EMPTY_ANSWER = "the answer is empty"
+EMPTY_ANSWER = "an answer is empty"
+HOLDS_SPECIAL = "a message holds a special token's text"
+NO_TOOLS = "the template does not write the row's tools"
 DISAGREE = "the two derivations of the mask differ"
 NOT_PREFIX_STABLE = "the template is not prefix-stable"
 STRADDLES = "a token straddles the answer's start"
 DOUBLE_BOS = "it begins with two BOS tokens"
 NO_BOS = "it begins without BOS"
 REFUSED = "the template refuses it"
+LONGEST_REASON = 200
+CHARACTERS_AT_A_TIME = 1 << 20
+MANY_ANSWERS = 4
 T = TypeVar("T")
 R = TypeVar("R")
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -102,12 +108,28 @@ def build_labels(
     Returns:
         For each example its row, cut to ``data.pack_length``, or why it is dropped.
     """
-    drafter = _Drafter(template, tokenizer, data.train_on)
-    drafts = [_attempt(example, drafter.draft, example) for example in examples]
-    texts = [text for draft in drafts if isinstance(draft, _Draft) for text in _texts_of(draft)]
-    encodings = _encode(tokenizer, list(dict.fromkeys(texts)))
-    labeller = _Labeller(template, tokenizer, data, encodings)
-    return [_attempt(draft.example, labeller.label, draft) if isinstance(draft, _Draft) else draft for draft in drafts]
+    drafter = _Drafter(template, tokenizer, data)
+    marked = bool(template.text and GENERATION_MARK.search(template.text))
+    made: list[TokenizedRow | Dropped] = []
+    for drafts in _batches(_attempt(example, drafter.draft, example) for example in examples):
+        texts = [text for draft in drafts if isinstance(draft, _Draft) for text in _texts_of(draft, marked)]
+        encodings = _encode(tokenizer, list(dict.fromkeys(texts)))
+        label = _Labeller(template, tokenizer, data, encodings, marked).label
+        made += [_attempt(draft.example, label, draft) if isinstance(draft, _Draft) else draft for draft in drafts]
+    return made
+
+
+def _batches(drafts: Iterable[_Draft | Dropped]) -> Iterator[list[_Draft | Dropped]]:
+    """So many at a time that their encodings, some hundred times as large as their text, stay small."""
+    batch: list[_Draft | Dropped] = []
+    size = 0
+    for draft in drafts:
+        batch.append(draft)
+        size += sum(map(len, _texts_of(draft, marked=False))) if isinstance(draft, _Draft) else 0
+        if size > CHARACTERS_AT_A_TIME:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def render_prompt(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -160,35 +182,59 @@ def _attempt(example: Example, build: Callable[[T], R], argument: T) -> R | Drop
     except Rejected as rejection:
         return Dropped(example.source, example.row, str(rejection))
     except TemplateError as error:
-        return Dropped(example.source, example.row, f"{REFUSED}: {str(error)[:200]}")
+        said = "".join(character if character.isprintable() else " " for character in str(error)[:LONGEST_REASON])
+        return Dropped(example.source, example.row, f"{REFUSED}: {said}")
 
 
 class _Drafter:
     """Renders rows, and finds by characters what to train on."""
 
-    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
-        self._template, self._tokenizer, self._train_on = template, tokenizer, train_on
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        self._template, self._tokenizer, self._data = template, tokenizer, data
         self._layouts = Layouts(template, tokenizer)
         self._adds_bos = adds_bos(tokenizer)
-
-    def _with_tools(self, tools: list[dict[str, Any]]) -> _Drafter:
-        return _Drafter(replace(self._template, tools=tools), self._tokenizer, self._train_on)
+        self._special = _special_tokens(tokenizer)
 
     def draft(self, example: Example) -> _Draft:
         messages = example.messages
         if messages[0]["role"] == TEXT_ROLE:
             return _Draft(example, self._frame_text(messages[0]["content"]), [], [])
         if example.tools and not self._template.tools:
-            return self._with_tools(example.tools).draft(example)
-        wanted, silent = _choose_messages(messages, self._train_on)
-        if self._train_on != "all":
+            return self._draft_with_tools(example)
+        if any(self._special.search(text) for message in messages for text in texts_of(message).values()):
+            raise Rejected(HOLDS_SPECIAL)
+        wanted, silent = _choose_messages(messages, self._data.train_on)
+        if self._data.train_on != "all":
             self._check_wanted([messages[i] for i in wanted])
         text = self._template.render(self._tokenizer, messages)
         if not wanted and not silent:
             return _Draft(example, text, [], [])
         spans = self._layouts.text_spans(messages, text)
+        if len(wanted) > MANY_ANSWERS:
+            wanted = self._within_reach(wanted, text, spans)
         answers = [self._answer(messages, i, text, spans) for i in wanted]
         return _Draft(example, text, answers, [spans[i] for i in silent])
+
+    def _draft_with_tools(self, example: Example) -> _Draft:
+        drafter = _Drafter(replace(self._template, tools=example.tools), self._tokenizer, self._data)
+        draft = drafter.draft(example)
+        if draft.text == self._template.render(self._tokenizer, example.messages):
+            raise Rejected(NO_TOOLS)
+        return draft
+
+    def _within_reach(self, wanted: list[int], text: str, spans: Sequence[Span]) -> list[int]:
+        """Of many answers those that begin within ``data.pack_length``: what is cut away needs no proof, and to prove
+        an answer all that precedes it is rendered and tokenised."""
+        limit, encoding = self._data.pack_length, _encode(self._tokenizer, [text])[text]
+        if len(encoding.ids) <= limit:
+            return wanted
+        if self._data.long_rows == "drop":
+            raise Rejected(TOO_LONG)
+        reach = encoding.offsets[limit - 1][1]
+        within = [i for i in wanted if spans[i][0] <= reach]
+        if not within and self._data.train_on != "all":
+            raise Rejected(ANSWER_TOO_FAR)
+        return within
 
     def _answer(self, messages: Sequence[dict[str, Any]], index: int, text: str, spans: Sequence[Span]) -> _Answer:
         chars = self._layouts.answer_span(messages, index, spans)
@@ -206,7 +252,7 @@ class _Drafter:
     def _check_wanted(self, answers: list[dict[str, Any]]) -> None:
         if not answers:
             raise Rejected(NOTHING_TRAINED)
-        if not any(answer["content"].strip() or answer.get(TOOL_CALLS) for answer in answers):
+        if not all(answer["content"].strip() or answer.get(TOOL_CALLS) for answer in answers):
             raise Rejected(EMPTY_ANSWER)
 
 
@@ -220,8 +266,17 @@ def _choose_messages(messages: Sequence[dict[str, Any]], train_on: str) -> tuple
     return [i for i in chosen if i not in silent], []
 
 
-def _texts_of(draft: _Draft) -> list[str]:
-    return [draft.text, *(text for answer in draft.answers for text in (answer.prompt, answer.whole))]
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What a tokenizer takes for control tokens wherever it stands, such as ``<s>`` in a page of HTML."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _texts_of(draft: _Draft, marked: bool) -> list[str]:
+    """What has to be tokenised; where the template marks the answers no prompt is compared."""
+    compared = [] if marked else [text for answer in draft.answers for text in (answer.prompt, answer.whole)]
+    return [draft.text, *compared]
 
 
 class _Labeller:
@@ -233,19 +288,20 @@ class _Labeller:
         tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
         encodings: dict[str, Encoding],
+        marked: bool,
     ) -> None:
         self._template, self._tokenizer, self._data, self._encodings = template, tokenizer, data, encodings
         self._stops = set(stop_candidates(tokenizer))
         self._bos = tokenizer.bos_token_id
         self._adds_bos = adds_bos(tokenizer)
-        self._marked = bool(template.text and GENERATION_MARK.search(template.text))
+        self._marked = marked
 
     def label(self, draft: _Draft) -> TokenizedRow:
         encoding = self._encodings[draft.text]
         ids = encoding.ids
         self._check_bos(ids)
         spans = [_tokens_of(encoding, draft.text, answer.chars) for answer in draft.answers]
-        found = self._spans_by_marks(draft, ids) if self._marked else self._spans_by_prefix(draft, ids)
+        found = self._spans_by_marks(draft, encoding) if self._marked else self._spans_by_prefix(draft, ids)
         if spans != found:
             raise Rejected(DISAGREE)
         if self._data.train_on == "all":
@@ -297,21 +353,27 @@ class _Labeller:
     def _is_blank(self, ids: list[int]) -> bool:
         return not ids or not str(self._tokenizer.decode(ids)).strip()
 
-    def _spans_by_marks(self, draft: _Draft, ids: list[int]) -> list[Span]:
+    def _spans_by_marks(self, draft: _Draft, encoding: Encoding) -> list[Span]:
         """Tokens that the template's ``{% generation %}`` marks say the assistant wrote."""
         messages = draft.example.messages
-        marked: Any = self._tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "train"} for message in messages],
+        rendered: Any = render_jinja_template(
+            [[{key: value for key, value in message.items() if key != "train"} for message in messages]],
             tools=list(draft.example.tools) or None,
             chat_template=self._template.text,
-            return_dict=True,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+            strftime_now=fixed_date,
+            **cast(dict[str, Any], self._tokenizer.special_tokens_map),
         )
-        if list(marked["input_ids"]) != ids:
+        texts, marks = rendered  # for one conversation, each in a list
+        if texts[0] != draft.text:
             raise Rejected(DISAGREE)
-        mask = [0, *marked["assistant_masks"], 0]
-        edges = [i for i, (left, right) in enumerate(pairwise(mask)) if left != right]
+        mask = [0] * len(encoding.ids)
+        for start, end in marks[0]:
+            first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+            if first is None or last is None:
+                raise Rejected(DISAGREE)
+            mask[first : last + 1] = [1] * (last + 1 - first)
+        edges = [i for i, (left, right) in enumerate(pairwise([0, *mask, 0])) if left != right]
         runs = list(zip(edges[::2], edges[1::2], strict=True))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(runs) != len(answers):

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.config import Source, Where
+from trainer.config import Source, Where, value_key
 from trainer.data.rows import Rows
 from trainer.data.sampler import sample_order
 from trainer.errors import UserError
 
-MOST_SHOWN = 20
+MOST_SHOWN, LONGEST_SHOWN = 20, 60
 # Draws of one seed are numbered so that none repeats another: the first two are those of the held-out shares.
 _SAMPLE, _MIX, _WEIGHT = 2, 1 << 20, 2 << 20
 
@@ -75,9 +75,12 @@ def _choose_by_value(source: Source, wanted: Where, rows: Rows, order: np.ndarra
             f"its columns: {', '.join(rows.columns)}",
             "name one of them",
         )
-    numbers = {value: number for number, value in enumerate(wanted.values)}
+    numbers = {value_key(value): number for number, value in enumerate(wanted.values)}
     values = list(rows.column(wanted.column))
-    groups = np.fromiter((numbers.get(value, -1) if _is_plain(value) else -1 for value in values), np.int64)
+    groups = np.fromiter(
+        (numbers.get(value_key(value), -1) if isinstance(value, str | int | float) else -1 for value in values),
+        np.int64,
+    )
     counts = np.bincount(groups[groups >= 0], minlength=len(numbers))
     for value, count in zip(wanted.values, counts.tolist(), strict=True):
         if not count:
@@ -110,13 +113,8 @@ def _draw_mix(
     return np.sort(np.concatenate(chosen))
 
 
-def _is_plain(value: object) -> bool:
-    """Of a type that a recipe can name: true is not 1."""
-    return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def _describe_values(values: list[object], wanted: str | int) -> str:
-    found = [value for value, _ in Counter(map(repr, values)).most_common()]
+def _describe_values(values: list[object], wanted: object) -> str:
+    found = [value[:LONGEST_SHOWN] for value, _ in Counter(map(repr, values)).most_common()]
     near = difflib.get_close_matches(repr(wanted), found, n=1)
     shown = list(dict.fromkeys([*near, *found]))[:MOST_SHOWN]
     more = f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from trainer.config import DataConfig, RunConfig, Source
+from trainer.config import DataConfig, RunConfig
 from trainer.data.cache import (
     META,
     ArrowPacks,
@@ -32,23 +25,19 @@ from trainer.data.cache import (
     open_or_build,
     write_packs,
 )
-from trainer.data.formats import BadRow, read_example
-from trainer.data.masking import ANSWER_TOO_FAR, TOO_LONG, Dropped, build_labels
+from trainer.data.conversion import Reader, converting
+from trainer.data.masking import ANSWER_TOO_FAR, TOO_LONG
 from trainer.data.packing import keep_apart, pack_sequences
-from trainer.data.rows import Row
 from trainer.data.splits import Part, SplitName, all_sources, draw_splits
-from trainer.data.templated import TemplateReader
 from trainer.data.templates import Template, load_template
 from trainer.data.types import IGNORE_INDEX, DataReport, Example, TokenizedRow
 from trainer.errors import PacktrainError, UserError
-from trainer.preemption import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-PARALLEL_ROWS = 20_000  # below this a pool of processes takes longer to start than it saves
+MOST_REASONS = 20
 
 
 @dataclass
@@ -58,6 +47,7 @@ class Splits:
     Attributes:
         reports: what became of each split's rows, by its name.
         fingerprint: of all splits' tokens, labels and packs; a resumed run must find the same.
+        sources: blake3 of each source's whole content, by its place in the recipe, such as ``data.train[0]``.
     """
 
     train: ArrowPacks
@@ -65,6 +55,7 @@ class Splits:
     test: ArrowPacks | None
     reports: dict[str, DataReport]
     fingerprint: str
+    sources: dict[str, str]
 
     def items(self) -> Iterator[tuple[SplitName, ArrowPacks]]:
         """The splits there are, by name."""
@@ -101,7 +92,7 @@ def load_splits(
         reports = {name: DataReport(**counts[name], lengths=packs[name].rows.lengths().tolist()) for name in counts}
     except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors
         raise PacktrainError(f"{folder}: this data cache is damaged: {error}\n  fix: delete the folder") from error
-    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found)
+    return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found, _hashes(data, parts))
 
 
 def load_split_examples(config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -126,7 +117,7 @@ def _iter_examples(
         fix = f"set data.split.{split} to a share or to sources"
         raise UserError(f"data.split.{split}", f"the recipe has no {split} rows", fix=fix)
     kept = set(dict(load_splits(config, tokenizer).items())[split].rows.origins()) if kept_only else None
-    read = _Reader(load_template(config.data.template, tokenizer), tokenizer, config.data)
+    read = Reader(load_template(config.data.template, tokenizer), tokenizer, config.data)
     for part in parts[split]:
         for chunk in part.chunks():
             examples, _ = read((part.source, part.columns, *chunk))
@@ -151,6 +142,11 @@ def _check_target(data: DataConfig, template: Template, tokenizer: PreTrainedTok
                 "all",
                 "set `train_on: all`, or name the format of its conversations (templated if a template wrote them)",
             )
+
+
+def _hashes(data: DataConfig, parts: dict[SplitName, list[Part]]) -> dict[str, str]:
+    opened = {part.index: part.rows.content_hash for of_split in parts.values() for part in of_split}
+    return {where: opened[i] for i, (where, _) in enumerate(all_sources(data)) if i in opened}
 
 
 def _describe(
@@ -197,27 +193,51 @@ def _build(
     """Fills a cache folder."""
     num_rows = {name: sum(len(part.indices) for part in of_split) for name, of_split in parts.items()}
     meta: dict[str, dict[str, Any]] = {}
-    with _workers(template, tokenizer, data, sum(num_rows.values())) as convert, _progress(num_rows) as advance:
+    with converting(template, tokenizer, data, sum(num_rows.values())) as convert, _progress(num_rows) as advance:
         for name, of_split in parts.items():
             report, num_read = DataReport(), num_rows[name]
-            dropped: Counter[str] = Counter()
             with RowWriter(folder / name) as writer:
                 tasks = (
                     (part.index, (part.source, part.columns, *chunk)) for part in of_split for chunk in part.chunks()
                 )
+                by_source: dict[int, tuple[int, Counter[str]]] = {}
                 for source_index, (rows, reasons) in convert(tasks):
                     check()
                     writer.write(rows, source_index)
                     _count(report, rows)
-                    dropped.update(reasons)
+                    kept, why = by_source.get(source_index, (0, Counter()))
+                    by_source[source_index] = kept + len(rows), why + Counter(reasons)
                     advance(name, len(rows) + len(reasons))
-            report.dropped = dict(dropped.most_common())
+            dropped = sum((why for _, why in by_source.values()), Counter())
+            report.dropped = _fold(dropped)
             if report.rows == 0:
                 raise _nothing_left(name, num_read, report.dropped, data)
+            if name == "train":
+                _check_sources(data, by_source)
             _pack(folder / name, report, data)
             meta[name] = {k: v for k, v in vars(report).items() if k != "lengths"}
     found = fingerprint([folder / name for name in meta])
     (folder / META).write_text(json.dumps({"splits": meta, "fingerprint": found}, indent=1))
+
+
+def _check_sources(data: DataConfig, by_source: dict[int, tuple[int, Counter[str]]]) -> None:
+    """Refuses a source to train on of which no row is left: its absence would not be noticed."""
+    for index, (kept, why) in by_source.items():
+        if not kept:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in _fold(why).items())
+            raise UserError(
+                f"data.train[{index}]",
+                f"all {why.total()} rows of {data.train[index].path} are refused: {reasons}",
+                "rows of the format that it says, and a template under which the tokens to train on are certain",
+                "look at the reasons: correct its format or columns, data.template, or leave it out",
+            )
+
+
+def _fold(dropped: Counter[str]) -> dict[str, int]:
+    """The most common reasons, and how many rows the others are: a template may say a reason of its own for each."""
+    common = dropped.most_common()
+    rest = sum(count for _, count in common[MOST_REASONS:])
+    return dict(common[:MOST_REASONS]) | ({"other reasons": rest} if rest else {})
 
 
 def _count(report: DataReport, rows: Iterable[TokenizedRow]) -> None:
@@ -243,10 +263,10 @@ def _nothing_left(split: str, num_read: int, dropped: dict[str, int], data: Data
         found = f"{data.pack_length}, and all {num_read} rows of {split} are too long for it: {reasons}"
         return UserError("data.pack_length", found, fix="raise data.pack_length")
     return UserError(
-        "data.template",
-        f"{data.template}: all {num_read} rows of {split} are refused: {reasons}",
-        "a template under which the tokens to train on are certain",
-        "look at the reasons: correct the template, or the rows, or take another template",
+        "data",
+        f"all {num_read} rows of {split} are refused: {reasons}",
+        "rows of the format that their source says, and a template under which the tokens to train on are certain",
+        "look at the reasons: correct a source's format or columns, data.template, or the rows",
     )
 
 
@@ -265,126 +285,6 @@ def log_report(name: str, report: DataReport) -> None:
         log.warning("%s: %d rows dropped: %s", name, count, reason)
     if report.truncated:
         log.warning("%s: %d rows cut to data.pack_length, without their stop token", name, report.truncated)
-
-
-Task = tuple[Source, dict[str, str], list[int], list[Row]]
-Result = tuple[list[TokenizedRow], list[str]]
-
-
-class _Reader:
-    """Rows of a source to examples."""
-
-    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-        self._unfolds = data.train_on != "all"
-        self._templated = TemplateReader(template, tokenizer)
-
-    def __call__(self, task: Task) -> tuple[list[Example], list[str]]:
-        """Examples, and the reasons of rows that are none."""
-        source, columns, indices, rows = task
-        examples, reasons = [], []
-        for index, row in zip(indices, rows, strict=True):
-            try:
-                example = read_example(row, index, source, columns)
-                examples.append(self._templated.read(example) if self._has_messages(source) else example)
-            except BadRow as error:
-                reasons.append(str(error))
-        return examples, reasons
-
-    def _has_messages(self, source: Source) -> bool:
-        """Whether the source's texts hold messages that are to be told apart."""
-        return source.format == "templated" and self._unfolds
-
-
-@dataclass(frozen=True)
-class _Converter:
-    """Rows of a source to tokenised rows, and the reasons of those that are dropped."""
-
-    template: Template
-    tokenizer: PreTrainedTokenizerBase
-    data: DataConfig
-
-    @cached_property
-    def _read(self) -> _Reader:
-        return _Reader(self.template, self.tokenizer, self.data)
-
-    def __call__(self, task: Task) -> Result:
-        examples, reasons = self._read(task)
-        made = build_labels(examples, self.template, self.tokenizer, self.data)
-        rows = [row for row in made if isinstance(row, TokenizedRow)]
-        return rows, reasons + [row.reason for row in made if isinstance(row, Dropped)]
-
-
-Convert = Callable[[Iterable[tuple[int, Task]]], Iterator[tuple[int, Result]]]
-_converter: _Converter  # of a worker process
-
-
-@contextmanager
-def _workers(
-    template: Template, tokenizer: PreTrainedTokenizerBase, data: DataConfig, num_rows: int
-) -> Iterator[Convert]:
-    """Yields what converts chunks, in order: in this process for few rows, in a pool for many."""
-    converter = _Converter(template, tokenizer, data)
-    num_workers = min(len(os.sched_getaffinity(0)), num_rows // PARALLEL_ROWS + 1)
-    if num_workers == 1:
-        yield lambda tasks: ((index, converter(task)) for index, task in tasks)
-        return
-    # Else the first worker's start does this, and leaves SIGTERM unblocked, here and in the workers
-    # (https://github.com/python/cpython/blob/v3.11.7/Lib/multiprocessing/resource_tracker.py, ensure_running).
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    # Spawned, not forked: a process that has started threads (torch's, tokenizers') cannot be forked safely.
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(converter,)
-    )
-    try:
-        yield lambda tasks: _map_in_order(pool, tasks, ahead=4 * num_workers)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(converter: _Converter) -> None:
-    global _converter
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    for watch in (_end_with_parent, _end_when_told):
-        threading.Thread(target=watch, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already take every core
-    _converter = converter
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _end_when_told() -> None:
-    """SLURM sends its signals to every process of a job step, and this one has to outlive them: they ask the run to
-    save. One of the parent's own ends it, as when another worker has died."""
-    parent = os.getppid()
-    while True:
-        found = signal.sigwaitinfo(STOP_SIGNALS)
-        if (found.si_signo, found.si_pid) == (signal.SIGTERM, parent):
-            os._exit(1)
-
-
-def _convert_in_worker(task: Task) -> Result:
-    return _converter(task)
-
-
-def _map_in_order(
-    pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, Task]], ahead: int
-) -> Iterator[tuple[int, Result]]:
-    """Results in the tasks' order, with few tasks in memory at a time."""
-    running: deque[tuple[int, Future[Result]]] = deque()
-    for index, task in tasks:
-        running.append((index, pool.submit(_convert_in_worker, task)))
-        if len(running) >= ahead:
-            first, future = running.popleft()
-            yield first, future.result()
-    yield from ((index, future.result()) for index, future in running)
 
 
 @contextmanager

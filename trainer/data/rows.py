@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,12 @@ class Rows(ABC):
     """The rows of a source.
 
     Attributes:
-        columns: names found in the rows.
         content_hash: blake3 of the content, in hex; the same for the same bytes wherever they lie.
+        columns: names found in the rows.
     """
 
-    columns: list[str]
     content_hash: str
+    columns: list[str]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -38,6 +39,10 @@ class Rows(ABC):
     @abstractmethod
     def take(self, indices: Sequence[int]) -> list[Row]:
         """The rows at `indices`, which ascend; one may come several times."""
+
+    def files(self) -> list[tuple[str, int]]:
+        """Hash and number of rows of each file they come from, in order."""
+        return [(self.content_hash, len(self))]
 
     def column(self, name: str) -> Iterator[Any]:
         """The values of a column, row by row; None where a row lacks it."""
@@ -74,8 +79,17 @@ class JsonLines(Rows):
                     numbers.append(number)
                 position += len(line)
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
-        self.columns = list(dict.fromkeys(key for row in self.take(range(min(100, len(starts)))) for key in row))
         self.content_hash = hash_file(path)
+
+    @cached_property
+    def columns(self) -> list[str]:  # type: ignore[override]
+        """Of all rows: one may be the first to have a field."""
+        names: dict[str, None] = {}
+        for start in range(0, len(self), CHUNK_ROWS):
+            names |= dict.fromkeys(
+                key for row in self.take(range(start, min(start + CHUNK_ROWS, len(self)))) for key in row
+            )
+        return list(names)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -111,8 +125,10 @@ class TableRows(Rows):
 
     def take(self, indices: Sequence[int]) -> list[Row]:
         if len(indices) and np.all(np.diff(indices) == 1):  # a range is cut out without a copy
-            return self._table.slice(indices[0], len(indices)).to_pylist()
-        return self._table.take(np.asarray(indices, np.int64)).to_pylist()
+            rows = self._table.slice(indices[0], len(indices)).to_pylist()
+        else:
+            rows = self._table.take(np.asarray(indices, np.int64)).to_pylist()
+        return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
 
     def column(self, name: str) -> Iterator[Any]:
         for chunk in self._table.column(name).chunks:
@@ -128,6 +144,9 @@ class ChainedRows(Rows):
         self.columns = list(dict.fromkeys(name for part in parts for name in part.columns))
         self.content_hash = blake3("".join(part.content_hash for part in parts).encode()).hexdigest()
 
+    def files(self) -> list[tuple[str, int]]:
+        return [file for part in self._parts for file in part.files()]
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -140,6 +159,15 @@ class ChainedRows(Rows):
                 rows += part.take((chosen[first:cut] - base).tolist())
             first, base = cut, end
         return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives each object of a column the fields of all: what an object lacks is null there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def checked_row(row: Any, where: str, place: str) -> Row:

@@ -12,6 +12,9 @@ from trainer.data.types import IGNORE_INDEX, PackedBatch
 
 Pack = list[tuple[list[int], list[int]]]
 NOTHING = ([0] * 8, [IGNORE_INDEX] * 8)
+# What a token costs beside its attention, in pairs of tokens: 8 to 12 hidden sizes of a Llama, whose attention has
+# 2 * hidden FLOPs a pair and layer and whose matrices have some 24 * hidden**2 a token (`metrics.meters`).
+TOKEN_COST = 65536
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -75,20 +78,49 @@ class GlobalBatchSampler:
         return [self.pack(sample) for sample in self.samples(step)]
 
     def noise_seed(self, sample: int) -> int:
-        """Seed of the dropout in the micro-batch that begins with `sample`, whichever process computes it."""
+        """Seed of the dropout in the micro-batch that begins with `sample`, whichever process computes it, and when."""
         return _mix_number((_mix_number(self.seed & _MASK) + sample) & _MASK) >> 1
 
 
-def deal(samples: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
-    """This process's micro-batches of a global batch: every `world_size`-th sample, `micro_batch` at a time.
+def document_cost(lengths: np.ndarray) -> np.ndarray:
+    """Work of documents of so many tokens, in attention's per pair of tokens; int64, of `lengths`' shape.
+
+    A pack's is the sum over its documents: attention's part grows with the squares of their lengths, the rest with the
+    tokens.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    return lengths * (lengths + TOKEN_COST)
+
+
+def deal(samples: Sequence[int], costs: np.ndarray, rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
+    """This process's micro-batches of a global batch, dealt so that those computed at one time cost alike.
+
+    Processes that share a model's layers wait for one another in each, so a round of micro-batches lasts as long as its
+    dearest. Dearest first, each turn gives a pack to every process; packs of a turn are neighbours by cost, and the
+    dearest goes to whom the round, then the step, has cost least so far.
+
+    Args:
+        costs: of `samples`, ``[samples]``; see `document_cost`.
 
     Returns:
-        Lists of samples, as many on every process; where the samples do not suffice some are short or empty (see
-        `collate`).
+        Lists of samples, as many on every process, of at most `micro_batch`; where the samples do not suffice some are
+        short or empty (see `collate`).
     """
-    rounds = -(-len(samples) // world_size)
-    own = list(samples[rank::world_size])
-    return [own[start : start + micro_batch] for start in range(0, rounds, micro_batch)]
+    if world_size == 1:  # nobody waits
+        return [list(samples[start : start + micro_batch]) for start in range(0, len(samples), micro_batch)]
+    dearest_first = np.argsort(-np.asarray(costs), kind="stable")
+    step_so_far, round_so_far = np.zeros(world_size), np.zeros(world_size)
+    own: list[list[int]] = []
+    for turn, start in enumerate(range(0, len(samples), world_size)):
+        if turn % micro_batch == 0:
+            own.append([])
+            round_so_far[:] = 0
+        dealt = dearest_first[start : start + world_size]
+        ranks = np.lexsort((step_so_far, round_so_far))[: len(dealt)]  # the last key counts first
+        for so_far in (round_so_far, step_so_far):
+            so_far[ranks] += costs[dealt]
+        own[-1] += [samples[index] for index in dealt[ranks == rank]]
+    return own
 
 
 def collate(packs: Sequence[Pack], seed: int = 0) -> PackedBatch:

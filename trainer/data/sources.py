@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,16 @@ def open_source(source: Source, where: str) -> Rows:
         UserError: the file or data set is missing, unreadable or empty, or the recipe says something of it that only
             data sets of the hub have.
     """
-    path = Path(source.path).expanduser()
+    try:
+        path = Path(source.path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"{where}.path", f"{source.path}: {error}", fix="correct the path") from error
     if path.is_file():
         _refuse_hub_fields(source, where, ("name", "revision", "split"))
         rows = _open_file(path, where)
     elif path.is_dir():
         _refuse_hub_fields(source, where, ("name", "revision"))
+        _refuse_mixed_folder(path, where)
         rows = _open_dataset(source, where)
     elif glob.has_magic(source.path):
         _refuse_hub_fields(source, where, ("name", "revision", "split"))
@@ -72,10 +77,31 @@ def _looks_local(path: str) -> bool:
 def _open_pattern(pattern: str, where: str) -> Rows:
     """Files in the order of their names, which no file system promises."""
     found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-    files = [path for path in found if path.is_file()]
+    files = [path for path in found if not path.is_dir()]
     if not files:
-        raise UserError(f"{where}.path", f"no file matches {pattern}", fix="correct the pattern")
-    return ChainedRows([_open_file(path, where) for path in files])
+        fix = "correct the pattern; in a name, [ is written [[]"
+        raise UserError(f"{where}.path", f"no file matches {pattern}", fix=fix)
+    parts = [_open_file(path, where) for path in files]
+    for path, part in zip(files, parts, strict=True):
+        if not len(part):
+            raise UserError(f"{where}.path", f"{path} has no rows", fix="remove it, or put its rows back")
+    return ChainedRows(parts)
+
+
+def _refuse_mixed_folder(folder: Path, where: str) -> None:
+    """`datasets` reads files of one kind in a folder, and says nothing of the others."""
+    kinds = sorted({path.suffix for path in folder.rglob("*") if path.suffix in READERS})
+    if len(kinds) > 1 and not _is_saved(folder):
+        raise UserError(
+            f"{where}.path",
+            f"{folder} holds files of several kinds: {', '.join(kinds)}",
+            "files of one kind",
+            f"name them by a pattern, such as {folder}/*{kinds[0]}, each kind in an entry of its own",
+        )
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / SAVED_DATASET).exists() or (folder / SAVED_SPLITS).exists()
 
 
 def _open_file(path: Path, where: str) -> Rows:
@@ -85,7 +111,8 @@ def _open_file(path: Path, where: str) -> Rows:
     try:
         return READERS[path.suffix](path, where)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}.path", f"cannot read {path}: {error}", fix="give a readable UTF-8 file") from error
+        fix = "correct the file" if path.suffix in BINARY else "give a readable UTF-8 file"
+        raise UserError(f"{where}.path", f"cannot read {path}: {error}", fix=fix) from error
 
 
 def _read_json(path: Path, where: str) -> Rows:
@@ -97,6 +124,8 @@ def _read_json(path: Path, where: str) -> Rows:
         raise UserError(where, f"{path} is not JSON: {error}", fix="correct the file") from error
     except RecursionError as error:
         raise UserError(where, f"{path} nests too deep", "a list of objects", "correct the file") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(where, f"{path}: {error}", fix="correct the file") from error
     if not isinstance(rows, list):
         raise UserError(where, f"{path} holds one {type(rows).__name__}", "a list of objects", "make it a list of rows")
     return ListRows([checked_row(row, where, f"{path}, row {i}") for i, row in enumerate(rows)], hash_file(path))
@@ -106,9 +135,13 @@ def _read_csv(path: Path, where: str) -> Rows:
     csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
+            reader = csv.DictReader(file, strict=True)
+            names = list(reader.fieldnames or [])
+            rows = list(reader)
     except csv.Error as error:
         raise UserError(where, f"{path} is not CSV: {error}", fix="correct the file") from error
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(where, f"{path} has two columns {twice[0]!r}", fix="rename one of them")
     for i, row in enumerate(rows):
         if None in row:
             raise UserError(
@@ -134,6 +167,8 @@ def _read_arrow(path: Path, where: str) -> Rows:
     mapped = pa.memory_map(str(path))
     try:
         table = pa.ipc.open_stream(mapped).read_all()
+        if not _ends_as_stream(path):
+            raise UserError(where, f"{path} breaks off: its end mark is missing", fix="copy it again")
     except pa.ArrowInvalid:
         mapped.seek(0)
         try:
@@ -143,6 +178,15 @@ def _read_arrow(path: Path, where: str) -> Rows:
     return TableRows(table, hash_file(path))
 
 
+def _ends_as_stream(path: Path) -> bool:
+    """A stream that was cut between two batches reads as a whole one."""
+    with open(path, "rb") as file:
+        file.seek(-len(END_OF_STREAM), os.SEEK_END)
+        return file.read().endswith(END_OF_STREAM)
+
+
+END_OF_STREAM = b"\0\0\0\0"  # a message of no length; before it, since Arrow 0.15, a mark of four bytes
+BINARY = (".parquet", ".arrow")
 READERS = {
     ".jsonl": JsonLines,
     ".json": _read_json,
@@ -163,7 +207,7 @@ def _open_dataset(source: Source, where: str) -> Rows:
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{where}.path",
-            f"cannot load {source.path}: {error}",
+            f"cannot load {source.path}: {error.__cause__ or error}",
             "a local file, or the id of a data set on the hub",
             "correct the path; without a network download the data set first (HF_HUB_OFFLINE reads the local copy)",
         ) from error
@@ -175,7 +219,7 @@ def _load_dataset(source: Source) -> Any:
     import datasets
 
     folder = Path(source.path).expanduser()
-    if not (folder / SAVED_DATASET).exists() and not (folder / SAVED_SPLITS).exists():
+    if not _is_saved(folder):
         return datasets.load_dataset(
             str(folder) if folder.is_dir() else source.path, source.name, split=source.split, revision=source.revision
         )

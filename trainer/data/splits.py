@@ -33,7 +33,7 @@ class Part:
     index: int
     source: Source
     rows: Rows
-    columns: dict[str, str]
+    columns: dict[str, tuple[str, ...]]
     indices: np.ndarray
 
     def chunks(self) -> Iterator[tuple[list[int], list[Row]]]:
@@ -125,7 +125,7 @@ def _refuse_overlap(parts: dict[SplitName, list[Part]]) -> None:
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         for part in parts.get(name, []):  # type: ignore[call-overload]
             for twin in parts.get(other, []):  # type: ignore[call-overload]
-                if part.rows.content_hash == twin.rows.content_hash and np.isin(part.indices, twin.indices).any():
+                if _shared(part, twin).any():
                     raise UserError(
                         f"data.split.{name}",
                         f"rows of {part.source.path} are in {other} too",
@@ -138,11 +138,34 @@ def _without(train: list[Part], held_out: list[Part]) -> list[Part]:
     """`train` less the rows of `held_out`, which can be there again where a data set is listed twice."""
     kept = []
     for part in train:
-        same = [held.indices for held in held_out if held.rows.content_hash == part.rows.content_hash]
-        indices = part.indices[~np.isin(part.indices, np.concatenate(same))] if same else part.indices
+        taken = np.zeros(len(part.indices), bool)
+        for held in held_out:
+            taken |= _shared(part, held)
+        indices = part.indices[~taken]
         if len(indices):
             kept.append(replace(part, indices=indices))
     return kept
+
+
+def _shared(part: Part, other: Part) -> np.ndarray:
+    """Which of `part`'s rows are `other`'s too, bool ``[rows]``: the same rows of the same files, however named."""
+    taken: dict[str, list[np.ndarray]] = {}
+    for content_hash, _, rows in _rows_by_file(other):
+        taken.setdefault(content_hash, []).append(rows)
+    shared = np.zeros(len(part.indices), bool)
+    for content_hash, where, rows in _rows_by_file(part):
+        for others in taken.get(content_hash, []):
+            shared[where] |= np.isin(rows, others)
+    return shared
+
+
+def _rows_by_file(part: Part) -> Iterator[tuple[str, slice, np.ndarray]]:
+    """For each file its hash, which of the part's indices are of it, and these counted from its first row."""
+    first = start = 0
+    for content_hash, num_rows in part.rows.files():
+        stop = int(np.searchsorted(part.indices, first + num_rows))
+        yield content_hash, slice(start, stop), part.indices[start:stop] - first
+        first, start = first + num_rows, stop
 
 
 def _count(parts: list[Part]) -> int:

@@ -6,10 +6,14 @@ one of them too, so whatever trained a model can be exported with it. The packag
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 
 from trainer.errors import UserError
 
@@ -26,6 +30,7 @@ TOKENS = {
 }
 JINJA = Path(__file__).with_name("jinja")
 WRITE_BOS = "{{- bos_token }}"
+DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -56,13 +61,19 @@ class Template:
         """
         self.check()
         bare = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        text = tokenizer.apply_chat_template(
-            bare,
-            tools=list(self.tools) or None,
-            chat_template=self.text,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                bare,
+                tools=list(self.tools) or None,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=fixed_date,
+            )
+        except TemplateError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 
@@ -77,6 +88,11 @@ class Template:
             )
 
 
+def fixed_date(format: str) -> str:
+    """What a template's ``strftime_now`` gives: rows are the same on every day. The date is that of Llama-3.1's own."""
+    return date(2024, 7, 26).strftime(format)
+
+
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template a recipe names: ``tokenizer``, one of `BUILT_IN`, a ``.jinja`` file's path, or Jinja itself.
 
@@ -86,12 +102,11 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     Raises:
         UserError: no such template or file, its Jinja does not parse, or the tokenizer lacks its tokens.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
-
     text = _template_source(name, tokenizer)
     if text is None:
         return Template(name, None, own=True)
-    template = Template(name, text, own=name == "tokenizer")
+    pinned = DATE_CALL.sub(lambda match: repr(fixed_date(match[2])), text)  # when it is served, too
+    template = Template(name, pinned, own=name == "tokenizer" and pinned == text)
     try:
         rendered = template.render(tokenizer, PROBE)
     except TemplateSyntaxError as error:
@@ -101,7 +116,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     except TemplateError:
         return template  # it refuses the probe; whether it takes the rows is seen on the rows
     if adds_bos(tokenizer) and not rendered.startswith(str(tokenizer.bos_token)):
-        return Template(name, WRITE_BOS + text, own=False)
+        return Template(name, WRITE_BOS + pinned, own=False)
     return template
 
 
@@ -128,9 +143,9 @@ def _template_source(name: str, tokenizer: PreTrainedTokenizerBase) -> str | Non
     if not name.endswith(".jinja"):
         raise UserError("data.template", f"{name!r} is no template", allowed, "choose one of these")
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError("data.template", f"cannot read {name}: {error.strerror}", allowed, "check the path") from error
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        raise UserError("data.template", f"cannot read {name}: {error}", allowed, "check the file") from error
 
 
 def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -60,6 +60,9 @@ class PackedRows(Protocol):
     def lengths(self) -> np.ndarray:
         """Tokens of each pack, int64 ``[packs]``."""
 
+    def costs(self) -> np.ndarray:
+        """Work of each pack, `trainer.data.sampler.document_cost` summed over its documents, int64 ``[packs]``."""
+
 
 @dataclass
 class PackedBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,18 +95,6 @@ class Adapter:
     def changes(self, tensor: str) -> bool:
         """Whether merging touches this tensor."""
         return tensor in self.replaced or tensor.removesuffix(".weight") in self.low_rank
-
-
-def why_vllm_refuses(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM does not serve an adapter beside its base; None if it does. Merged it serves any.
-
-    Args:
-        config: ``adapter_config.json``. Source: PEFTHelper in vLLM 0.32's ``vllm/lora/peft_helper.py``.
-    """
-    reasons = ["DoRA"] if config.get("use_dora") else []
-    if saved := config.get("modules_to_save"):
-        reasons.append(f"whole modules ({', '.join(saved)})")
-    return f"vLLM takes no adapter with {' and '.join(reasons)}" if reasons else None
 
 
 def read_adapter(folder: Path) -> Adapter:

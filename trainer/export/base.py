@@ -74,7 +74,7 @@ class BaseTensors:
 
     @cached_property
     def linears(self) -> set[str]:
-        """Names of the decoder layers' linear modules: those that a 4-bit base quantises."""
+        """Names of the decoder layers' linear modules: those that quantisation is for."""
         return set(decoder_linears(self._meta))
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:

@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from trainer.checkpoint.layout import find_damage, folder_appears_when_complete
+from trainer.checkpoint.layout import find_damage, folder_appears_when_complete, read_manifest, write_manifest
+from trainer.checkpoint.result import enclosing_run, training_in
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
+from trainer.export.card import write_card
 from trainer.export.kv_heads import KVHeads
 from trainer.export.pipeline import run_pipeline
 from trainer.export.shards import Piece, ShardWriter, Spec, cut_into_shards, write_index
+from trainer.recipe import load_recipe
 
 SERVING = "serving"  # folder of a checkpoint with config and tokenizer, so that nothing else is needed
 
@@ -35,10 +39,10 @@ class ConsolidateReport:
 def consolidate(
     checkpoint: Path, out: Path, is_intact: bool = False, check: Callable[[], None] = lambda: None
 ) -> ConsolidateReport:
-    """Writes a model folder (safetensors, index, config, tokenizer) of a full fine-tune's checkpoint.
+    """Writes a model folder (safetensors, index, config, tokenizer, hashes, card) of a full fine-tune's checkpoint.
 
     Needs neither a GPU nor the base nor the run around the checkpoint. Reads a tensor while the one before is written,
-    and holds no third.
+    and holds no third. Recipe and losses are on the card where the checkpoint lies in its run.
 
     Args:
         checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
@@ -54,7 +58,7 @@ def consolidate(
     if out.exists():
         raise UserError("--out", f"{out} exists", "a folder that does not exist yet", "remove it or name another")
     _check(checkpoint, is_intact)
-    saved = SavedCheckpoint(checkpoint)
+    saved, run = SavedCheckpoint(checkpoint), enclosing_run(checkpoint)
     config = json.loads((checkpoint / SERVING / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
     # Sorted, so that the files are the same whichever processes wrote the checkpoint.
@@ -67,8 +71,12 @@ def consolidate(
         return heads.repeat(name, saved.read(f"model.{name}"))
 
     with folder_appears_when_complete(out) as folder:
-        write_model(folder, shapes, dtype, read, check)
+        files = write_model(folder, shapes, dtype, read, check)
         shutil.copytree(checkpoint / SERVING, folder, dirs_exist_ok=True)
+        recipe = load_recipe(run.recipe).model_dump(mode="json") if run else None
+        record = {"kind": "model", "recipe": recipe, **training_in(read_manifest(checkpoint))}
+        write_manifest(folder, record, files)
+        write_card(folder, record, run)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return ConsolidateReport(out, saved.step, len(shapes), num_bytes, time.monotonic() - started)
 
@@ -92,7 +100,7 @@ def write_model(
     dtype: torch.dtype,
     read: Callable[[str], torch.Tensor],
     check: Callable[[], None] = lambda: None,
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Writes tensors under transformers' file names, with an index where there is more than one file.
 
     Args:
@@ -100,6 +108,9 @@ def write_model(
         dtype: cast to.
         read: a tensor by name; called once for each, in order, on a thread of its own.
         check: called before each tensor is written; what it raises ends the writing.
+
+    Returns:
+        The manifest's entries of the files.
     """
     shards = {
         file: {name: Spec(shapes[name], dtype) for name in names}
@@ -110,7 +121,8 @@ def write_model(
         check()
         return tensor
 
-    writer = ShardWriter(folder, shards)
+    entries: dict[str, dict[str, Any]] = {}
+    writer = ShardWriter(folder, shards, entries.__setitem__)
     run_pipeline(
         items=writer.pieces(),
         read=lambda piece, _: read(piece.name).to(dtype),
@@ -119,3 +131,4 @@ def write_model(
         num_buffers=2,
     )
     write_index(folder, shards)
+    return entries

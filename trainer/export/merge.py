@@ -1,6 +1,6 @@
 """Merges an adapter into its base tensor by tensor, in at most twice the memory of the largest file.
 
-The base is the one trained on: for QLoRA its 4-bit weights dequantised as the training's forward did
+The base is the one trained on: for QLoRA its quantised weights dequantised as the training's forward did
 (arXiv:2305.14314), or on request the 16-bit ones, which the adapter has never seen.
 """
 
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checkpoint.layout import folder_appears_when_complete, hash_file, write_manifest
-from trainer.checkpoint.result import Result, find_result
+from trainer.checkpoint.result import Result, find_result, training_of
 from trainer.config import ModelConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.adapter import Adapter, read_adapter
@@ -36,7 +36,7 @@ from trainer.generate import default_device
 from trainer.host_checks import versions
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainer.model.decilm import as_llama
-from trainer.model.nf4 import Fingerprint, Format, dequantize_weight, quantize_weight
+from trainer.model.quantized import Fingerprint, format_of
 from trainer.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def merge_adapter(
     Raises:
         UserError: `out` exists, `source` holds no adapter, the base is another one than was trained on, or the adapter
             does not fit it.
-        PacktrainError: the 4-bit base comes out different from the one trained on.
+        PacktrainError: the quantised base comes out different from the one trained on.
     """
     started = time.monotonic()
     if out.exists():
@@ -101,6 +101,7 @@ def merge_adapter(
     out.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress({**merger.record(), "computed by": [*versions().items(), merger.device.type]})
     with folder_appears_when_complete(out, progress.can_go_on) as folder:
+        progress.clear(folder)
         merger.write_shards(folder, progress)
         merger.write_configs(folder)
         report = MergeReport(
@@ -112,8 +113,9 @@ def merge_adapter(
             num_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             seconds=round(time.monotonic() - started, 3),
         )
-        write_card(folder, result, report)
-        write_manifest(folder, merger.record(), progress.entries())
+        record = merger.record()
+        write_manifest(folder, record, progress.entries())
+        write_card(folder, record, result.run_dir, report)
         approve(folder)
         progress.forget(folder)
     return report
@@ -197,7 +199,7 @@ class Merger:
 
         Raises:
             UserError: the base is not the one trained on.
-            PacktrainError: the 4-bit base came out different from the one trained on.
+            PacktrainError: the quantised base came out different from the one trained on.
         """
         stream = BaseStream(self.base, self._look)
         self._go_on(folder, progress, stream)
@@ -243,6 +245,7 @@ class Merger:
         local = Path(self.base.model.path).expanduser()
         model = self.base.model.model_dump(mode="json") | ({"path": str(local.resolve())} if local.exists() else {})
         return {
+            **training_of(self.result),
             "kind": "merged",
             "merged_onto": self.base_kind,
             "model": model,
@@ -321,21 +324,21 @@ class Merger:
         return stored.copy_(weight)
 
     def _dequantized(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as the 4-bit forward saw it, in its compute dtype."""
+        """The weight as the forward saw it, in its compute dtype."""
         config, quantization = self.result.config, self.quantization
         assert config is not None and quantization is not None
-        format = Format.of(quantization)
-        packed, scales = quantize_weight(weight, format)
+        format = format_of(quantization)
+        packed, scales = format.quantize(weight)
         self.fingerprint.add(packed, scales)
-        return dequantize_weight(packed, scales, format, getattr(torch, config.compute_dtype))
+        return format.dequantize(packed, scales, getattr(torch, config.compute_dtype))
 
     def _check_fingerprint(self) -> None:
-        """The 4-bit bytes must be the training's, whichever device made either."""
+        """The quantised bytes must be the training's, whichever device made either."""
         trained_on, found = (self.result.base or {}).get("nf4_fingerprint"), self.fingerprint.text()
         if self.quantization and trained_on and trained_on != found:
             raise PacktrainError(
-                f"{self.base.model.path}: the 4-bit base changed: its fingerprint is {found}, and was {trained_on} in "
-                "training\n  fix: merge with the versions of packtrain and bitsandbytes of the training, "
+                f"{self.base.model.path}: the quantised base changed: its fingerprint is {found}, and was {trained_on} "
+                "in training\n  fix: merge with the versions of packtrain and bitsandbytes of the training, "
                 "or --base original"
             )
 

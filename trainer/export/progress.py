@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ class Progress:
         """Whether `folder` holds a whole file of such a merge; takes its notes in."""
         self.notes = self._read(folder)
         return bool(self.notes)
+
+    def clear(self, folder: Path) -> None:
+        """Removes all else that an earlier start left there: the manifest lists every file it finds."""
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != NOTES and path.name not in self.notes:
+                path.unlink()
 
     def note(self, folder: Path, file: str, entry: dict[str, Any]) -> None:
         """Notes that `file`, whose bytes have reached the disk, is whole."""

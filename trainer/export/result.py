@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 import tempfile
@@ -15,15 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.checkpoint.layout import RunDir, find_damage, folder_appears_when_complete, hash_file, read_manifest
-from trainer.checkpoint.result import is_run
+from trainer.checkpoint.layout import (
+    RunDir,
+    find_damage,
+    folder_appears_when_complete,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
+from trainer.checkpoint.result import find_result, is_run, training_in
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted
+from trainer.export.card import write_card
 from trainer.export.consolidate import SERVING, consolidate
-from trainer.export.serving import tokenizer_as_trained, write_serving_files
-from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from trainer.export.serving import write_serving_files
+from trainer.model.adapter_files import ADAPTER_WEIGHTS, save_adapter
 from trainer.model.decilm import as_llama
+from trainer.model.weights import load_base_config
 from trainer.preemption import StopRequest
 from trainer.recipe import load_recipe
 
@@ -77,10 +85,7 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     best = run.best_step() if config.checkpoint.keep_best else None
     check = partial(_stop_if_asked, stop, "while writing the result")
     write_result(run, best if best is not None else run.steps()[-1], config, tokenizer, check)
-    if config.adapter is None:
-        return
-    if not config.export.merge:
-        _warn_if_not_served(run.adapter)
+    if config.adapter is None or not config.export.merge:
         return
     from trainer.export.merge import merge_adapter
 
@@ -101,11 +106,11 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
 
 
-def _warn_if_not_served(adapter: Path) -> None:
-    from trainer.export.adapter import why_vllm_refuses
+def _warn_if_not_served(run: RunDir) -> None:
+    from trainer.servable import why_only_merged
 
-    if refusal := why_vllm_refuses(json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
-        logger.warning("%s: `packtrain merge` makes a model of it that vLLM serves", refusal)
+    if refusal := why_only_merged(find_result(run.adapter)):
+        logger.warning("vLLM serves this adapter only merged, by `packtrain merge %s`: %s", run.path, refusal)
 
 
 def _verify(run: RunDir, folder: Path, stop: StopRequest) -> None:
@@ -125,7 +130,7 @@ def _verify(run: RunDir, folder: Path, stop: StopRequest) -> None:
 
 
 def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, check: Check = lambda: None) -> None:
-    """Writes ``adapter/`` or ``model/`` of the run, each with the tokenizer and the template trained with.
+    """Writes ``adapter/`` or ``model/`` of the run, each with tokenizer, template, stop tokens, hashes and card.
 
     Args:
         step: of the committed checkpoint to take.
@@ -147,9 +152,14 @@ def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, chec
 
     def write_adapter(folder: Path) -> None:
         shutil.copytree(checkpoint / "adapter", folder, dirs_exist_ok=True)
-        tokenizer_as_trained(tokenizer, config.data.template).save_pretrained(folder)
+        write_serving_files(folder, config.model, load_base_config(config.model), tokenizer, config.data.template)
+        record = {"kind": "adapter", "recipe": config.model_dump(mode="json"), **training_in(read_manifest(checkpoint))}
+        write_manifest(folder, record)
+        write_card(folder, record, run)
 
     _replace(run.adapter, write_adapter)
+    if not config.export.merge:
+        _warn_if_not_served(run)
 
 
 def full_checkpoint(source: Path) -> Path | None:

@@ -12,7 +12,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from trainer.vllm_job import Scores
+
 Read = Callable[[str], torch.Tensor]
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**16, 2**11  # padded positions of a forward, and of the head
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,68 @@ def weights_of(module: nn.Module, prefix: str, read: Read) -> Iterator[None]:
 @torch.no_grad()
 def run_streamed(model: Any, read: Read, prompts: list[list[int]], device: torch.device) -> Outputs:
     """One forward over all `prompts` (padded on the right) of a model that `build_empty` made, adapter or not."""
-    with _streaming(model, read):
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer.to(device) if buffer is not None else None
-        width = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
-        mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+    with _streaming(model, read, device):
+        ids, mask = _pad_right(prompts, device)
         output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     real = mask.bool().cpu()
     return Outputs([hidden.float().cpu()[real] for hidden in output.hidden_states], output.logits.float().cpu()[real])
 
 
+@torch.no_grad()
+def score_streamed(model: Any, read: Read, rows: list[tuple[list[int], int]], device: torch.device) -> list[Scores]:
+    """What a model that `build_empty` made, adapter or not, gives the tokens of each row from a position on.
+
+    Args:
+        read: gives the weights in the dtype to compute in.
+        rows: each ``(ids, start)`` with `start` of at least 1.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = next(name for name, module in model.named_modules() if module is causal_lm.get_output_embeddings())
+    scores: list[Scores] = []
+    for batch in _batches(rows):
+        with _streaming(model, read, device):
+            ids, mask = _pad_right([row for row, _ in batch], device)
+            hidden = causal_lm.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            with weights_of(causal_lm.get_output_embeddings(), f"{head}.", read):
+                for row, states in zip(batch, hidden, strict=True):
+                    scores.append(_score(causal_lm.get_output_embeddings(), states, *row))
+    return scores
+
+
+def _score(head: nn.Module, states: torch.Tensor, ids: list[int], start: int) -> Scores:
+    """Scores of one row from its last hidden states ``[width, hidden_size]``; a state predicts the next token."""
+    own, tops, margins = [], [], []
+    for place in range(start, len(ids), LOGITS_AT_ONCE):
+        end = min(place + LOGITS_AT_ONCE, len(ids))
+        logprobs = head(states[place - 1 : end - 1]).float().log_softmax(-1)
+        best = logprobs.topk(2, dim=-1)
+        wanted = torch.tensor(ids[place:end], device=logprobs.device)
+        own += logprobs.gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
+        tops += best.indices[:, 0].tolist()
+        margins += (best.values[:, 0] - best.values[:, 1]).tolist()
+    return Scores(own, tops, margins)
+
+
+def _batches(rows: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+    """Rows in order, as many as `TOKENS_AT_ONCE` hold when all are as long as the longest."""
+    longest = max(len(ids) for ids, _ in rows)
+    size = max(1, TOKENS_AT_ONCE // longest)
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _pad_right(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, ``[rows, longest]`` each."""
+    width = max(map(len, rows))
+    ids = [row + [0] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 @contextmanager
-def _streaming(model: Any, read: Read) -> Iterator[None]:
+def _streaming(model: Any, read: Read, device: torch.device) -> Iterator[None]:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
     loaded: dict[nn.Module, Any] = {}
     handles = []
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from trainer.checkpoint.layout import MANIFEST, describe_file, read_manifest, write_atomically
+from trainer.checkpoint.layout import MANIFEST, read_manifest, write_atomically
 from trainer.config import RunConfig
 from trainer.data.masking import build_labels, load_template
 from trainer.data.prepare import iter_split_examples
 from trainer.data.types import IGNORE_INDEX, TokenizedRow
 from trainer.errors import UserError
-from trainer.export.card import CARD, TO_FILL_IN
+from trainer.export.card import write_merge_line
 
 logger = logging.getLogger(__name__)
 # Both models see the same tokens, so the difference of their losses is far more certain than either.
@@ -91,28 +91,14 @@ def compare_losses(
 
 
 def record_loss(folder: Path, loss: ValidationLoss) -> None:
-    """Writes the figures into a merged folder's manifest and card, which agree with each other at every moment."""
+    """Writes the figures into a merged folder's card and, last, its manifest."""
     manifest = read_manifest(folder)
     if manifest.get("validation_loss") == asdict(loss):
         return
     manifest["validation_loss"] = asdict(loss)
-    line, card = f"- Validation loss: {loss}\n", folder / CARD
     with contextlib.suppress(OSError):  # of a folder that is only for reading
-        if card.is_file() and CARD in manifest["files"]:
-            text = "".join(t for t in card.read_text(encoding="utf-8").splitlines(True) if not _is_line(t))
-            del manifest["files"][CARD]  # an unlisted file is as good as none, whatever a kill leaves of it
-            _write(folder, manifest)
-            write_atomically(card, text.replace(f"\n{TO_FILL_IN}", f"{line}\n{TO_FILL_IN}", 1))
-            manifest["files"][CARD] = describe_file(card)
-        _write(folder, manifest)
-
-
-def _is_line(text: str) -> bool:
-    return text.startswith("- Validation loss: ")
-
-
-def _write(folder: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_merge_line(folder, "Validation loss", str(loss))
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _num_trained(row: TokenizedRow) -> int:

@@ -1,13 +1,12 @@
 """Proves that a merged model is the one trained, by a path that shares no arithmetic with the merge.
 
 Here PEFT merges each layer and PEFT's forward gives the logits to compare with; bitsandbytes' own functions read the
-4-bit base. Everything is float32 and streamed layer by layer, so a 70B model needs the memory of one layer.
+quantised base. Everything is float32 and streamed layer by layer, so a 70B model needs the memory of one layer.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -22,25 +21,26 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, hash_file, read_manifest
 from trainer.checkpoint.result import Result, enclosing_run, find_result
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import ModelConfig, QuantizationConfig, RunConfig
 from trainer.data.masking import load_template, render_prompt, stop_token_ids
 from trainer.data.prepare import iter_split_examples
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import PacktrainError, UserError
-from trainer.export.adapter import why_vllm_refuses
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.merge import tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
 from trainer.export.validation import ValidationLoss, compare_losses, record_loss, validation_rows
+from trainer.export.verify_files import compare_ends, compare_tokenizer, read_exported_config
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
-from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, Format, dynamic_map, quantize_weight
+from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, dynamic_map
+from trainer.model.quantized import format_of
+from trainer.servable import why_only_merged
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Verifier:
         self._check_base()
         self.adapter_tensors = load_file(self.result.folder / ADAPTER_WEIGHTS)
         self.dtype = getattr(torch, self.manifest["dtype"])
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = read_exported_config(folder)
         self.peft_model = self._build_peft()
         self.num_adapted, self.rounded_otherwise = 0, 0.0
         self.validation: ValidationLoss | None = None
@@ -142,26 +142,14 @@ class Verifier:
         tokenizer, template_name = tokenizer_of_result(self.result, self.base)
         stop_tokens = stop_token_ids(load_template(template_name, tokenizer), tokenizer)
         wanted = tokenizer_as_trained(tokenizer, template_name)
-        found = AutoTokenizer.from_pretrained(self.folder)
-        problems = [
-            f"tokenizer: {what} is {getattr(found, what)!r}, trained with {getattr(wanted, what)!r}"
-            for what in ("bos_token", "eos_token", "chat_template")
-            if getattr(found, what) != getattr(wanted, what)
-        ]
-        if found.get_vocab() != wanted.get_vocab():
-            problems.append(f"tokenizer: {len(found)} tokens that are not the {len(wanted)} trained with")
-        elif any(found(text).input_ids != wanted(text).input_ids for text in PROMPTS):
-            problems.append("tokenizer: splits text otherwise than the one trained with")
+        problems = compare_tokenizer(self.folder, wanted, PROMPTS)
         listed = set(self.manifest["files"])
         problems += [
             f"{file.name} is not of this merge, and a server may load it"
             for file in sorted(self.folder.glob("*.safetensors"))
             if file.name not in listed
         ]
-        settings = self._generation_ends()
-        if missing := [i for i in stop_tokens if i not in settings]:
-            problems.append(f"generation_config.json: ends at {settings}, without the trained stop token {missing[0]}")
-        return problems + self._compare_names()
+        return problems + compare_ends(self.folder, self.base, stop_tokens) + self._compare_names()
 
     def compare_tensors(self) -> list[str]:
         """Every tensor against PEFT's merge in float32, rounded; those without adapter bitwise against the base."""
@@ -169,7 +157,7 @@ class Verifier:
         adapted = {}
         for name, module in self.peft_model.named_modules():
             if isinstance(module, LoraLayer):
-                adapted[f"{_base_name(name)}.weight"] = (name, module)
+                adapted[f"{base_name(name)}.weight"] = (name, module)
         self.num_adapted = len(adapted)
         for tensor in self.merged.shapes:
             found = self._read_trained_heads(tensor)
@@ -179,7 +167,7 @@ class Verifier:
                 problems.append(f"{tensor} is {found.dtype}, and the manifest says {self.dtype}")
             elif tensor in adapted:
                 problems += self._compare_adapted(tensor, found, *adapted[tensor])
-            elif not torch.equal(found, self._read(f"base_model.model.{tensor}").to(self.dtype)):
+            elif not torch.equal(found, self.read_trained(f"base_model.model.{tensor}").to(self.dtype)):
                 problems.append(f"{tensor} has no adapter, and differs from the {self.manifest['merged_onto']} base")
         return problems
 
@@ -194,15 +182,15 @@ class Verifier:
         rows = validation_rows(self.result.config, tokenizer_of_result(self.result, self.base)[0])
         inputs, compared = prompts + [row.ids for row in rows], sum(map(len, prompts))
         try:
-            tuned, tuned_rows = run_streamed(self.peft_model, self._read, inputs, self.device).cut(compared)
+            tuned, tuned_rows = run_streamed(self.peft_model, self.read_trained, inputs, self.device).cut(compared)
             with self.peft_model.disable_adapter():
-                base, base_rows = run_streamed(self.peft_model, self._read, inputs, self.device).cut(compared)
+                base, base_rows = run_streamed(self.peft_model, self.read_trained, inputs, self.device).cut(compared)
             merged, merged_rows = run_streamed(build_empty(self.config), self._read_merged, inputs, self.device).cut(
                 compared
             )
             if rows and self.quantization != self.manifest["quantization"]:
-                as_trained = partial(self._read, as_trained=True)
-                tuned_rows = run_streamed(self.peft_model, as_trained, inputs[len(prompts) :], self.device).logits
+                read = partial(self.read_trained, on_own_base=True)
+                tuned_rows = run_streamed(self.peft_model, read, inputs[len(prompts) :], self.device).logits
             self.validation = compare_losses(rows, base_rows, tuned_rows, merged_rows)
         except (KeyError, RuntimeError) as failure:
             if not problems:
@@ -214,16 +202,17 @@ class Verifier:
         # `not <=` so that NaN counts as an error; without any effect nothing may differ at all
         if not error <= MAX_LOGIT_ERROR * effect:
             ratio = (error / effect).item() if effect > 0 else float("inf")
-            problems.append(
+            problems.insert(  # the first, so that no list of tensors hides it
+                0,
                 f"logits differ from base + adapter by {ratio:.3g} of the adapter's own effect, at most "
-                f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}"
+                f"{MAX_LOGIT_ERROR} is allowed; over {described}. {_by_layer(merged, tuned, base)}",
             )
             if len(problems) == 1 and self.dtype != torch.float32:
-                refusal = why_vllm_refuses(self.peft_model.peft_config["default"].to_dict())
+                refusal = why_only_merged(self.result)
                 problems.append(
                     f"every tensor is the rounding of base + adapter, so {self.manifest['dtype']} is too coarse for "
-                    f"what was trained: serve the adapter unmerged{f' ({refusal})' if refusal else ''}, or train with "
-                    "model.dtype: float32"
+                    f"what was trained: train with model.dtype: float32, or serve the adapter unmerged"
+                    f"{f', which vLLM does not ({refusal})' if refusal else ''}"
                 )
         return (error / effect).item() if effect > 0 else 0.0, (effect / base.logits.norm()).item(), described
 
@@ -259,13 +248,9 @@ class Verifier:
             )
 
     def _build_peft(self) -> Any:
-        """PEFT's own reading of adapter and configuration, around a model without storage."""
-        config = PeftConfig.from_pretrained(str(self.result.folder))
-        config.inference_mode = True
         shape = copy.deepcopy(self.base.config)
         shape.vocab_size = self.config.vocab_size
-        model = PeftModel(build_empty(shape), config, low_cpu_mem_usage=True)
-        return model.eval()
+        return build_peft(shape, self.result.folder)
 
     def _compare_names(self) -> list[str]:
         tied = {HEAD} if self.config.tie_word_embeddings else set()
@@ -281,7 +266,7 @@ class Verifier:
 
     def _compare_adapted(self, tensor: str, found: torch.Tensor, name: str, module: Any) -> list[str]:
         # A copy, because PEFT merges in place and a read may be a view of the base's mapped file.
-        with weights_of(module, f"{name}.", lambda parameter: self._read(parameter).clone()):
+        with weights_of(module, f"{name}.", lambda parameter: self.read_trained(parameter).clone()):
             weight = module.get_base_layer().weight
             before = weight.detach().clone()
             is_zero = not bool(module.lora_B["default"].weight.any()) and not module.use_dora["default"]
@@ -310,11 +295,11 @@ class Verifier:
             return [f"{tensor}: {share:.1%} of the elements lie one step beside the rounding of PEFT's float32 merge"]
         return []
 
-    def _read(self, name: str, as_trained: bool = False) -> torch.Tensor:
+    def read_trained(self, name: str, on_own_base: bool = False) -> torch.Tensor:
         """A parameter of the PEFT model by its name there, in float32: from the adapter's file or the base.
 
         Args:
-            as_trained: of the base trained on, else of the one merged onto.
+            on_own_base: of the base trained on, else of the one merged onto.
         """
         self._look()
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
@@ -322,10 +307,10 @@ class Verifier:
         is_original = ".original_module." in name
         if key in self.adapter_tensors and not is_original:
             return self.adapter_tensors[key].to(self.device, torch.float32)
-        tensor = _base_name(key)
+        tensor = base_name(key)
         source = EMBEDDING if tensor == HEAD and HEAD not in self.base.shapes else tensor
         weight = self.base.read(source, self.device).to(self.dtype)
-        quantization = self.quantization if as_trained else self.manifest["quantization"]
+        quantization = self.quantization if on_own_base else self.manifest["quantization"]
         if quantization and tensor.removesuffix(".weight") in self.base.linears:
             weight = _dequantized(weight, quantization)
         return weight.to(torch.float32)
@@ -346,11 +331,6 @@ class Verifier:
         self._look()
         source = EMBEDDING if name == HEAD and HEAD not in self.merged.shapes else name
         return self.merged.read(source, self.device).to(torch.float32)
-
-    def _generation_ends(self) -> list[int]:
-        file = self.folder / "generation_config.json"
-        ends = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
     def _prompts(self) -> tuple[list[list[int]], str]:
         """Prompts of the run's own rows, or fixed ones where there is no run or its data is gone."""
@@ -380,38 +360,59 @@ def _render_prompts(examples: Iterator[Example], template: Template, tokenizer: 
             yield ids
 
 
+def find_merged(folder: Path) -> Path | None:
+    """`folder` where packtrain merged it, or the merged one inside a run dir; None where there is none."""
+    places = (folder, RunDir(folder).merged)
+    return next((p for p in places if (p / MANIFEST).exists() and read_manifest(p).get("kind") == "merged"), None)
+
+
 def _merged_folder(folder: Path) -> Path:
-    for place in (folder, RunDir(folder).merged):
-        if (place / MANIFEST).exists() and read_manifest(place).get("kind") == "merged":
-            return place
+    if merged := find_merged(folder):
+        return merged
     raise UserError(
         str(folder), "holds no model that packtrain merged", "a merged folder, or a run dir with merged/", "merge first"
     )
 
 
-def _base_name(name: str) -> str:
+def build_peft(config: Any, adapter: Path) -> Any:
+    """PEFT's own reading of an adapter's configuration, around a model without storage."""
+    peft_config = PeftConfig.from_pretrained(str(adapter))
+    peft_config.inference_mode = True
+    return PeftModel(build_empty(config), peft_config, low_cpu_mem_usage=True).eval()
+
+
+def base_name(name: str) -> str:
     """A PEFT module's or parameter's name in the plain model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
 
 
 def _dequantized(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
-    """The weight after 4 bits: the training's bytes, handed to bitsandbytes' own functions in its own layout."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    """The weight after quantisation: the training's bytes, handed to bitsandbytes' own functions in its own layout."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
-    type, device = quantization["type"], weight.device
-    packed, scales = quantize_weight(weight, Format(type, quantization["double_quant"]))
-    num_blocks = -(-weight.numel() // BLOCK_SIZE)
+    config, dtype = QuantizationConfig.model_validate(quantization), getattr(torch, quantization["compute_dtype"])
+    packed, scales = format_of(config).quantize(weight)
+    if config.type == "int8":
+        return int8_vectorwise_dequant(packed.view(torch.int8), scales.view(torch.float32)).to(dtype)
+    state = _quant_state(scales, config, weight.numel(), dtype)
+    return dequantize_4bit(packed.view(-1, 1), state).view_as(weight)
+
+
+def _quant_state(scales: torch.Tensor, config: QuantizationConfig, num_weights: int, dtype: torch.dtype) -> Any:
+    """bitsandbytes' own form of the scales of a 4-bit weight."""
+    from bitsandbytes.functional import QuantState
+
+    num_blocks = -(-num_weights // BLOCK_SIZE)
     offset, nested = None, None
-    if quantization["double_quant"]:
+    if config.double_quant:
         floats, scales = scales[:-num_blocks].view(torch.float32), scales[-num_blocks:]
+        code = dynamic_map(scales.device)
         offset = floats[-1]
-        nested = QuantState(floats[:-1], code=dynamic_map(device), blocksize=SCALES_PER_GROUP, dtype=torch.float32)
+        nested = QuantState(floats[:-1], code=code, blocksize=SCALES_PER_GROUP, dtype=torch.float32)
     else:
         scales = scales.view(torch.float32)
     # As one row: on the CPU bitsandbytes 0.50 takes wrong scales where a row's length is no multiple of the block's.
-    shape, dtype = torch.Size([1, weight.numel()]), getattr(torch, quantization["compute_dtype"])
-    state = QuantState(scales, shape, None, BLOCK_SIZE, type, dtype, offset, nested)
-    return dequantize_4bit(packed.view(-1, 1), state).view_as(weight)
+    return QuantState(scales, torch.Size([1, num_weights]), None, BLOCK_SIZE, config.type, dtype, offset, nested)
 
 
 def _by_layer(merged: Outputs, tuned: Outputs, base: Outputs) -> str:

@@ -1,1 +1,1 @@
-"""From a recipe to a module that computes the loss: load -> nf4 -> lora, with packed attention."""
+"""From a recipe to a module that computes the loss: load -> quantized -> lora, with packed attention."""

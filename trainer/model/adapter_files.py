@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -57,10 +57,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _read_adapter(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(str(folder / name), "no such file", "a folder in PEFT's format")
-    check_adapter_config(folder)
+    check_adapter(folder)
     stored, attached = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
     for field in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if getattr(stored, field) != getattr(attached, field):
@@ -69,8 +66,22 @@ def _read_adapter(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
                 f"{field} {getattr(stored, field)}",
                 f"{getattr(attached, field)}, by the recipe",
             )
+    return load_file(folder / ADAPTER_WEIGHTS)
+
+
+def check_adapter(folder: Path) -> None:
+    """Looks at an adapter's files without reading its weights.
+
+    Raises:
+        UserError: a file is missing or truncated, or see `check_adapter_config`.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(str(folder / name), "no such file", "a folder in PEFT's format")
+    check_adapter_config(folder)
     try:
-        return load_file(folder / ADAPTER_WEIGHTS)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt"):
+            pass
     except SafetensorError as error:
         raise UserError(str(folder / ADAPTER_WEIGHTS), f"truncated or no safetensors file: {error}") from error
 

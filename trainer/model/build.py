@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.model.attention import choose_attention, register_attention
 from trainer.model.layers import fuse_layers
 from trainer.model.lora import ADAPTER, FusedLora, attach_adapter, decoder_linears, dora_magnitudes
-from trainer.model.nf4 import Format, NF4Linear, NF4LinearForDora, dequantize_weight, quantize_weight
+from trainer.model.quantized import QuantizedLinear, QuantizedLinearForDora, format_of
 from trainer.model.weights import build_on_meta, load_base_config
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ class Destination:
     Attributes:
         shape: of the tensor in the base's files.
         dtype: it is cast to this first, as transformers does before it hands weights to bitsandbytes.
-        quantized: the layer, where it becomes 4 bit.
+        quantized: the layer, where its weight is quantised.
         dora: the adapter's layer, where magnitudes follow from it.
         values: what comes of it, in the order of `convert`; a tied head that only has to be compared has none.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    quantized: NF4Linear | None
+    quantized: QuantizedLinear | None
     dora: FusedLora | None
     values: tuple[Value, ...]
 
@@ -56,9 +56,9 @@ class Destination:
         tensors = [weight]
         if self.quantized:
             format, dtype = self.quantized.format, self.quantized.compute_dtype
-            packed, scales = quantize_weight(weight, format)
+            packed, scales = format.quantize(weight)
             tensors = [packed, scales]
-            weight = dequantize_weight(packed, scales, format, dtype) if self.dora else weight
+            weight = format.dequantize(packed, scales, dtype) if self.dora else weight
         if self.dora:
             tensors.append(dora_magnitudes(self.dora, weight))
         return tensors
@@ -134,10 +134,10 @@ def _home(model: nn.Module, name: str) -> Home:
 
 
 def _replace_linears(model: PreTrainedModel, config: RunConfig) -> None:
-    """Puts empty 4-bit layers in the place of the decoder layers' linears."""
+    """Puts empty quantised layers in the place of the decoder layers' linears."""
     assert config.quantization is not None
-    kind = NF4LinearForDora if config.adapter and config.adapter.dora else NF4Linear
-    format, compute_dtype = Format.of(config.quantization), getattr(torch, config.compute_dtype)
+    kind = QuantizedLinearForDora if config.adapter and config.adapter.dora else QuantizedLinear
+    format, compute_dtype = format_of(config.quantization), getattr(torch, config.compute_dtype)
     for name, linear in decoder_linears(model).items():
         assert isinstance(linear, nn.Linear)
         layer = kind(
@@ -177,7 +177,7 @@ def _find_destinations(
     doras = {m.get_base_layer(): m for m in modules if isinstance(m, FusedLora) and ADAPTER in m.lora_magnitude_vector}
     found = {}
     for name, ((owner, leaf), shape) in tensors.items():
-        quantized = owner if isinstance(owner, NF4Linear) and leaf == "weight" else None
+        quantized = owner if isinstance(owner, QuantizedLinear) and leaf == "weight" else None
         dora = doras.get(owner) if leaf == "weight" else None
         if quantized:
             dtype, homes = model_dtype, [[(owner, "packed")], [(owner, "scales")]]

@@ -38,8 +38,8 @@ class BaseIdentity:
         path: ``model.path`` of the recipe.
         revision: commit of the hub's snapshot, where there is one.
         content_hash: `trainer.model.weights.base_content_hash`.
-        quantization: type, double_quant and compute_dtype of a 4-bit base.
-        nf4_fingerprint: `trainer.model.nf4.fingerprint` of a 4-bit base.
+        quantization: type, double_quant and compute_dtype of a quantised base.
+        nf4_fingerprint: `trainer.model.quantized.fingerprint` of a quantised base, of whatever type.
     """
 
     path: str

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from trainer.config import AdapterConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.nf4 import Format, NF4Linear, dequantize_weight
+from trainer.model.format import Format
+from trainer.model.quantized import QuantizedLinear
 
 ADAPTER = "default"  # PEFT's name of the only adapter
 
 
 class LoraMatMul(torch.autograd.Function):
-    """``x @ W.T + bias + scaling * x @ A.T @ B.T`` for a frozen W that is 16 bit or 4 bit.
+    """``x @ W.T + bias + scaling * x @ A.T @ B.T`` for a frozen W that is 16 bit or quantised.
 
     Saves x, the rank-r product and the parameters themselves. PEFT's own path keeps the input twice (with a cast
     between the adapter's dtype and the base's) and the adapter's output once more.
@@ -43,8 +44,8 @@ class LoraMatMul(torch.autograd.Function):
         Args:
             x: ``[..., in]`` in the dtype of the matmuls.
             lora_a: ``[r, in]``, lora_b: ``[out, r]``; in their own dtype.
-            format: of a 4-bit base, else None.
-            base: ``weight [out, in]``, or ``packed, scales`` of a 4-bit one.
+            format: of a quantised base, else None.
+            base: ``weight [out, in]``, or ``packed, scales`` of a quantised one.
         """
         rows = x.reshape(-1, x.shape[-1])
         weight = _dense(format, base, x.dtype)
@@ -72,7 +73,7 @@ class LoraMatMul(torch.autograd.Function):
 
 
 def _dense(format: Format | None, base: tuple[torch.Tensor, ...] | list[torch.Tensor], dtype: torch.dtype) -> Any:
-    return base[0].to(dtype) if format is None else dequantize_weight(base[0], base[1], format, dtype)
+    return base[0].to(dtype) if format is None else format.dequantize(base[0], base[1], dtype)
 
 
 class FusedLora(PeftLoraLinear):
@@ -107,7 +108,7 @@ class FusedLora(PeftLoraLinear):
         autocast = torch.is_autocast_enabled(device_type)
         tensors: tuple[torch.Tensor, ...]
         format: Format | None
-        if isinstance(base, NF4Linear):
+        if isinstance(base, QuantizedLinear):
             dtype, format, tensors = base.compute_dtype, base.format, (base.packed, base.scales)
         else:
             dtype = torch.get_autocast_dtype(device_type) if autocast else base.weight.dtype
@@ -124,17 +125,17 @@ class FusedLora(PeftLoraLinear):
             return False
         base, dropout = self.get_base_layer(), self.lora_dropout[active[0]]
         drops = isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0
-        frozen = isinstance(base, NF4Linear) or not base.weight.requires_grad
+        frozen = isinstance(base, QuantizedLinear) or not base.weight.requires_grad
         return frozen and not drops and active[0] not in self.lora_variant and not self.lora_bias[active[0]]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's merge into a 16-bit base.
 
         Raises:
-            PacktrainError: the base is 4 bit, where rounding would lose the adapter.
+            PacktrainError: the base is quantised, where rounding would lose the adapter.
         """
-        if isinstance(self.get_base_layer(), NF4Linear):
-            raise PacktrainError("an adapter cannot be merged into 4-bit weights: use `packtrain merge`")
+        if isinstance(self.get_base_layer(), QuantizedLinear):
+            raise PacktrainError("an adapter cannot be merged into quantised weights: use `packtrain merge`")
         super().merge(safe_merge, adapter_names)
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
@@ -142,18 +143,18 @@ class FusedLora(PeftLoraLinear):
 
 
 def decoder_linears(causal_lm: PreTrainedModel) -> dict[str, nn.Module]:
-    """Linear modules of the decoder layers by full name, 4-bit ones included; neither embeddings nor head."""
+    """Linear modules of the decoder layers by full name, quantised ones included; neither embeddings nor head."""
     layers = causal_lm.get_decoder().layers
     prefix = next(name for name, module in causal_lm.named_modules() if module is layers)
     return {
         f"{prefix}.{name}": module
         for name, module in layers.named_modules()
-        if isinstance(module, (nn.Linear, NF4Linear))
+        if isinstance(module, (nn.Linear, QuantizedLinear))
     }
 
 
 def lora_config(causal_lm: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
-    """PEFT's configuration of `adapter`, `all-linear` spelled out (PEFT's own finds no 4-bit linears).
+    """PEFT's configuration of `adapter`, `all-linear` spelled out (PEFT's own finds no quantised linears).
 
     Raises:
         UserError: a target or a module to save does not exist, or a tied one would be trained apart from its twin.
@@ -171,7 +172,7 @@ def lora_config(causal_lm: PreTrainedModel, adapter: AdapterConfig) -> LoraConfi
         use_dora=adapter.dora,
         modules_to_save=_check_modules_to_save(causal_lm, adapter),
     )
-    config._register_custom_module({NF4Linear: FusedLora, nn.Linear: FusedLora})
+    config._register_custom_module({QuantizedLinear: FusedLora, nn.Linear: FusedLora})
     return config
 
 

@@ -13,7 +13,7 @@ import torch
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.model.build import Destination
-from trainer.model.nf4 import Fingerprint
+from trainer.model.quantized import Fingerprint
 from trainer.model.source import StoredTensor, TensorReader, start_threads
 from trainer.model.weights import FileHash, base_content_hash, weight_files
 
@@ -33,7 +33,7 @@ class Preparation:
         device: where they come to lie.
 
     Attributes:
-        fingerprint: of the 4-bit bytes made so far.
+        fingerprint: of the quantised bytes made so far.
     """
 
     def __init__(

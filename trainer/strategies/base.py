@@ -51,7 +51,7 @@ class StepResult:
 
 
 BuildOptimizer = Callable[..., torch.optim.Optimizer]  # (named tensors, min_8bit_size), as `optim.build_optimizer`
-# Of the 4-bit bytes of a module, added up over a process group where they are cut; None where a base has none.
+# Of the quantised bytes of a module, added up over a process group where they are cut; None where a base has none.
 Fingerprint = Callable[[nn.Module, dist.ProcessGroup | None], str] | None
 
 
@@ -67,7 +67,8 @@ class Strategy(ABC):
 
     Attributes:
         name: as `strategy.kind` has it.
-        module: root module; ``module(batch)`` returns the summed loss of a `PackedBatch`.
+        module: root module, a `trainer.loss.PackedCausalLM`; ``module(batch)`` returns the summed loss of a
+            `PackedBatch`.
         device: where batches are wanted.
         processes: this process among the others.
     """
@@ -144,7 +145,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str | None:
-        """`trainer.model.nf4.fingerprint` of the 4-bit bytes as they lie now, over all processes; None without."""
+        """`trainer.model.quantized.fingerprint` of the bytes as they lie now, over all processes; None without."""
 
     @abstractmethod
     def whole_weights(self) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ def build_strategy(config: RunConfig, model: nn.Module, processes: Processes, fi
 
     Args:
         model: on the meta device, dtypes and `requires_grad` final.
-        fingerprint: of a module's 4-bit bytes, None where there are none.
+        fingerprint: of a module's quantised bytes, None where there are none.
 
     Raises:
         UserError: the strategy does not go with this number of processes.

@@ -31,7 +31,7 @@ class FullyShard(SingleProcess):
 
     Args:
         compute_dtype: of the matmuls; weights are gathered in it, gradients added up in float32.
-        bit_view: shard 4-bit bytes as a view in float32. A cast would destroy them, so nothing of such a model is
+        bit_view: shard quantised bytes as a view in float32. A cast would destroy them, so nothing of such a model is
             gathered in another dtype than it rests in. Not in a narrower one: on CUDA, FSDP2 collects what it sends by
             ``torch._foreach_copy_``, which takes 16-bit floats through float32 and makes all NaNs one.
     """

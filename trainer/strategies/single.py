@@ -23,7 +23,7 @@ class SingleProcess(Strategy):
     Args:
         loss_scaling: scale the loss dynamically; float16 needs it.
         offload: keep masters and moments in host memory and step there.
-        fingerprint: of the 4-bit bytes of a module.
+        fingerprint: of the quantised bytes of a module.
     """
 
     name = "single"

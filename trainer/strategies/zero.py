@@ -65,7 +65,7 @@ class Zero(Strategy):
 
     Args:
         kind: zero1, zero2 or zero3.
-        fingerprint: of the 4-bit bytes of a module.
+        fingerprint: of the quantised bytes of a module.
         keep_whole: zero3 leaves weights of at most this many elements whole between steps.
     """
 

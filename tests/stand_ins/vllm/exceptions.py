@@ -1,0 +1,2 @@
+class VLLMValidationError(Exception):
+    """As of 0.32 no ValueError."""

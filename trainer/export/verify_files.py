@@ -1,0 +1,67 @@
+"""What a server reads beside the weights, compared with the training's: config, tokenizer, template, stop tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from trainer.errors import PacktrainError
+from trainer.export.base import BaseTensors
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what transformers raises where files are missing or broken
+
+
+def read_exported_config(folder: Path) -> Any:
+    """The transformers config of a folder that packtrain wrote.
+
+    Raises:
+        PacktrainError: its file is missing or broken.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PacktrainError(f"{folder}: config.json is missing or broken: {reason}\n  fix: merge again") from error
+
+
+def compare_tokenizer(folder: Path, wanted: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The folder's tokenizer and chat template against those trained with, also by what they make of `texts`."""
+    try:
+        found = AutoTokenizer.from_pretrained(folder)
+    except UNREADABLE as error:
+        return [f"tokenizer: cannot be loaded, a file of it is missing or broken: {' '.join(str(error).split())[:200]}"]
+    problems = [
+        f"tokenizer: {what} is {getattr(found, what)!r}, trained with {getattr(wanted, what)!r}"
+        for what in ("bos_token", "eos_token", "chat_template")
+        if getattr(found, what) != getattr(wanted, what)
+    ]
+    if found.get_vocab() != wanted.get_vocab():
+        problems.append(f"tokenizer: {len(found)} tokens that are not the {len(wanted)} trained with")
+    elif any(found(text).input_ids != wanted(text).input_ids for text in texts):
+        problems.append("tokenizer: splits text otherwise than the one trained with")
+    return problems
+
+
+def compare_ends(folder: Path, base: BaseTensors, stop_tokens: list[int]) -> list[str]:
+    """An answer has to end where it was trained to, and may end where the base's does; anywhere else it is cut."""
+    ends = _ends_of(folder)
+    if missing := [i for i in stop_tokens if i not in ends]:
+        return [f"generation_config.json: ends at {ends}, without the trained stop token {missing[0]}"]
+    of_base = (_ends_of(base.folder) if base.folder else []) + _as_list(base.config.eos_token_id)
+    if foreign := sorted(set(ends).difference(stop_tokens, of_base)):
+        return [f"generation_config.json: ends at {ends}, and neither training nor base end answers at {foreign[0]}"]
+    return []
+
+
+def _ends_of(folder: Path) -> list[int]:
+    """Tokens that a folder's ``generation_config.json`` ends answers at."""
+    file = folder / "generation_config.json"
+    return _as_list(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")) if file.exists() else []
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return list(ids) if isinstance(ids, list) else [ids] if ids is not None else []

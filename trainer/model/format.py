@@ -1,0 +1,48 @@
+"""What a quantised weight is to the rest of the model: two uint8 tensors, and who makes and reads them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+CHUNK = 2**22  # weights quantised at a time: some 20 bytes are held for each
+SMALLEST_ABSMAX = 2.0**-126  # that is divided by, float32's smallest normal number: zeros become codes of zero
+
+
+class Format(ABC):
+    """How a matrix ``[out, in]`` lies as bytes: ``packed [out, packed_columns]`` and ``scales [num_scale_bytes]``.
+
+    Subclasses are frozen dataclasses, so that equal formats are equal. What they do in `quantize` is elementwise
+    float32 arithmetic, which IEEE 754 fixes: the bytes of a weight are the same on every device.
+    """
+
+    @abstractmethod
+    def packed_columns(self, in_features: int) -> int:
+        """Bytes of a row of `packed`.
+
+        Raises:
+            UserError: a row of so many weights does not fill whole bytes.
+        """
+
+    @abstractmethod
+    def num_scale_bytes(self, out_features: int, in_features: int) -> int:
+        """Length of `scales`."""
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`packed` and `scales` of a matrix ``[out, in]`` in float32, bfloat16 or float16.
+
+        Raises:
+            UserError: see `packed_columns`.
+        """
+
+    @abstractmethod
+    def dequantize(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix ``[out, in]`` in `dtype` of what `quantize` made, given as bytes or bit views of them."""
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes of a bit view, beginning where floats among them may begin."""
+    data = tensor.view(torch.uint8)
+    return data.clone() if data.storage_offset() % 4 else data  # gathered into a flat buffer by a sharding engine
