@@ -96,8 +96,9 @@ def _print_table(found: Sequence[Evaluation], varied: Fields) -> None:
     table = new_table(f"{found[0].split} rows of")
     for name in varied:
         table.add_column(name.replace(".", ".\n"), no_wrap=True)
-    figures = ("loss", "perplexity", "token\naccuracy", "exact\nmatch", "F1", "rows", "trained\ntokens", "base\nGiB")
-    for name in figures:
+    on_rows = ("loss", "perplexity", "token\naccuracy", "rows", "trained\ntokens")
+    on_answers = ("exact\nmatch", "F1", "prompts\nanswered")
+    for name in (*on_rows, *on_answers, "base\nGiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, one in enumerate(found):
         fields = [_shown(values[index]) for values in varied.values()]
@@ -108,13 +109,14 @@ def _print_table(found: Sequence[Evaluation], varied: Fields) -> None:
 
 
 def _cells(score: Score) -> list[str]:
-    shares = [score.token_accuracy, score.exact_match, score.f1]
     return [
         f"{score.loss:.4f}",
         f"{score.perplexity:.3f}",
-        *("-" if share is None else f"{share:.3f}" for share in shares),
+        f"{score.token_accuracy:.3f}",
         f"{score.rows:,}",
         f"{score.tokens:,}",
+        *("-" if share is None else f"{share:.3f}" for share in (score.exact_match, score.f1)),
+        f"{score.answered:,}",
     ]
 
 

@@ -48,7 +48,8 @@ class Score:
         token_accuracy: share of the trained tokens that the model holds for the likeliest, given those before; 0 to 1.
         exact_match: share of prompts whose greedy answer equals the reference, 0 to 1; None when not asked for.
         f1: mean `word_f1` of these answers; None when not asked for.
-        rows: prompts answered, or rows when none were.
+        rows: that the loss and the accuracy are of.
+        answered: prompts that exact match and F1 are of.
         tokens: trained tokens.
     """
 
@@ -58,6 +59,7 @@ class Score:
     exact_match: float | None
     f1: float | None
     rows: int
+    answered: int
     tokens: int
 
 
@@ -119,7 +121,8 @@ class _Tally:
             token_accuracy=self.hits / max(self.tokens, 1),
             exact_match=self.equal / answered if answered else None,
             f1=self.f1 / answered if answered else None,
-            rows=answered or self.rows,
+            rows=self.rows,
+            answered=answered,
             tokens=self.tokens,
         )
 

@@ -194,7 +194,7 @@ class TestComparison:
         assert distances[0] < 0.1 * min(distances[1:])
         sizes = [record["base_gib"] for record in records]
         assert sizes[0] > sizes[1] > sizes[3] > sizes[2]
-        assert {record["rows"] for record in records} == {4}
+        assert {(record["rows"], record["answered"]) for record in records} == {(12, 4)}
         assert [source["exact_match"] for source in records[0]["sources"]] == [1.0, 0.0]
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].split()[:5] == ["validation", "rows", "of", "type", "double_quant"]

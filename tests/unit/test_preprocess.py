@@ -65,19 +65,19 @@ def test_table_counts_rows_and_reasons(
 
 
 def test_rows_are_counted_and_shown_by_source(
-    toy_recipe_file: RecipeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy_recipe_file: RecipeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     for name, count in (("a", 3), ("b", 2)):
         rows = [{"prompt": f"{name}{i}", "completion": "x"} for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"path": str(tmp_path / "a.jsonl"), "format": "prompt_completion", "weight": 2.0}
-    train = [source, {**source, "path": str(tmp_path / "b.jsonl"), "weight": 1.0}]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": "a.jsonl", "format": "prompt_completion", "weight": 2.0}
+    train = [source, {**source, "path": "b.jsonl", "weight": 1.0}]
     preprocess(toy_recipe_file(data={"train": train, "split": {}}), show=4)
     out = capsys.readouterr().out
     lines = {cells[1].strip(): cells[2].strip() for line in out.splitlines() if len(cells := line.split("│")) == 4}
-    counts = [lines[name] for name in lines if name.startswith("of ")]  # a long path goes on in the next line
-    assert lines["rows"] == "8" and counts == ["6", "2"]
-    shown = [line.split(":")[0].rpartition("/")[2] for line in out.splitlines() if line.startswith("-- ")]
+    assert (lines["rows"], lines["of a.jsonl"], lines["of b.jsonl"]) == ("8", "6", "2")
+    shown = [line.removeprefix("-- ").split(":")[0] for line in out.splitlines() if line.startswith("-- ")]
     assert shown == ["a.jsonl, row 0", "b.jsonl, row 0", "a.jsonl, row 1", "b.jsonl, row 1"]
 
 

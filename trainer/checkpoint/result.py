@@ -58,10 +58,13 @@ def find_result(folder: Path) -> Result:
         return find_result(folder / "adapter")
     if (folder / "config.json").exists():
         return Result("model", folder, _recipe_of_model(folder), enclosing_run(folder))
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_run(path))
     raise UserError(
         str(folder),
         "neither a run (recipe.yaml and checkpoints/), an adapter (adapter_config.json) nor a model (config.json)",
-        fix="name the --run-dir of a training, or a folder that transformers or PEFT wrote",
+        fix=f"there are runs in it, such as {folder / inside[0]}; all of them: {folder}/*"
+        if inside
+        else "name the --run-dir of a training, or a folder that transformers or PEFT wrote",
     )
 
 

@@ -37,7 +37,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                 "model.path",
                 f"{path!r} is no folder, and the hub did not give it: {reason}",
                 "a folder, or a hub id such as owner/name",
-                "check the name and model.revision, or log in with `hf auth login` for gated models",
+                "check name, revision and network, or name a local folder; gated models want `hf auth login`",
             ) from error
         raise UserError(
             "model.tokenizer" if config.tokenizer else "model.path",

@@ -56,7 +56,7 @@ def resolve_folder(model: ModelConfig, patterns: list[str] = HUB_FILES) -> Path:
         raise UserError(
             "model.path",
             f"{model.path!r} is no folder, and the hub did not give it: {type(error).__name__}: {first_line}",
-            fix="check the name and model.revision, log in with `hf auth login` for gated models, or download it first",
+            fix="check name, revision and network, or name a local folder; gated models want `hf auth login`",
         ) from error
 
 
