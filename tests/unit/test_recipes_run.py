@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from launch.cli import main
 from trainer.checkpoint.layout import RunDir
@@ -95,13 +96,16 @@ DATA_SETS: dict[str, Callable[[random.Random], Rows]] = {
 
 
 @pytest.fixture(scope="session")
-def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of rows for each data set, by its id."""
+def data_sets(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A file of rows for each data set, by its id; control tokens in their text are the toy's."""
+    control = {"</s>": str(toy_tokenizer.eos_token), "<s>": str(toy_tokenizer.bos_token)}
     folder, files = tmp_path_factory.mktemp("data"), {}
     for name, make in DATA_SETS.items():
         files[name] = folder / f"{name.replace('/', '-')}.jsonl"
-        rows = make(random.Random(name))
-        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in make(random.Random(name)))
+        for token, own in control.items():
+            text = text.replace(token, own)
+        files[name].write_text(text)
     return files
 
 
