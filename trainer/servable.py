@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.layout import hash_file, read_manifest
-from trainer.checkpoint.result import ADAPTER_CONFIG, Result, training_of
+from trainer.checkpoint.result import ADAPTER_CONFIG, Result, merged_onto, training_of
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.export.adapter import read_adapter
 from trainer.export.base import EMBEDDING, BaseTensors, check_unchanged
-from trainer.model.adapter_files import ADAPTER_WEIGHTS, check_adapter_config
+from trainer.model.adapter_files import check_adapter_config
 from trainer.model.decilm import PER_LAYER
 from trainer.model.weights import resolve_folder
 
@@ -262,8 +261,5 @@ def _merge_of(result: Result) -> Path | None:
     """The run's merged folder, if it holds this very adapter on the base trained on."""
     if result.kind == "model" or result.config is None or result.run_dir is None or not result.run_dir.merged.exists():
         return None
-    record = read_manifest(result.run_dir.merged)
     trained_on = "dequantized" if result.config.quantization else "original"
-    files = {name: hash_file(result.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-    is_same = record.get("merged_onto") == trained_on and record.get("adapter", {}).get("files") == files
-    return result.run_dir.merged if is_same else None
+    return result.run_dir.merged if merged_onto(result.run_dir, result.folder) == trained_on else None

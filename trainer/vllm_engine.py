@@ -57,7 +57,7 @@ class VLLMEngine:
                 **_gpu_settings(servable),
                 **settings,
             )
-        except (RuntimeError, ValueError, OSError, ImportError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:500]
             raise PacktrainError(f"vLLM cannot load {servable.model}: {reason}") from error
 

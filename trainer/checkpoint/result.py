@@ -95,10 +95,15 @@ def _check_done(run: RunDir) -> None:
         raise UserError(str(run.path), f"the run's state is {state}", "a run that is done", fix)
 
 
+def merged_onto(run: RunDir, adapter: Path) -> str | None:
+    """What `merged/` was merged onto, if it was from the very adapter in this folder; else None."""
+    record = read_manifest(run.merged)
+    files = {name: hash_file(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    return record.get("merged_onto") if record.get("adapter", {}).get("files") == files else None
+
+
 def _check_merged_from_own(run: RunDir) -> None:
-    merged = read_manifest(run.merged).get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
-    own = run.adapter / ADAPTER_WEIGHTS
-    if own.exists() and hash_file(own) != merged:
+    if (run.adapter / ADAPTER_WEIGHTS).exists() and merged_onto(run, run.adapter) is None:
         fix = f"delete {run.merged} and `packtrain merge {run.path}`"
         raise UserError(str(run.merged), "merged from another adapter than the run has now", "the run's own", fix)
 

@@ -18,18 +18,17 @@ from trainer.checkpoint.layout import (
     RunDir,
     find_damage,
     folder_appears_when_complete,
-    hash_file,
     read_manifest,
     write_manifest,
 )
-from trainer.checkpoint.result import find_result, is_run, training_in
+from trainer.checkpoint.result import find_result, is_run, merged_onto, training_in
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted
 from trainer.export.card import write_card
 from trainer.export.consolidate import SERVING, consolidate
 from trainer.export.serving import write_serving_files
-from trainer.model.adapter_files import ADAPTER_WEIGHTS, save_adapter
+from trainer.model.adapter_files import save_adapter
 from trainer.model.decilm import as_llama
 from trainer.model.weights import load_base_config
 from trainer.preemption import StopRequest
@@ -94,7 +93,7 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
             _verify(run, folder, stop)
 
     if run.merged.exists():
-        if _is_merge_of_result(config, run):
+        if merged_onto(run, run.adapter) == (config.export.base if config.quantization else "original"):
             approve(run.merged)
             return
         logger.info("%s is of another adapter or onto another base: merging anew", run.merged)
@@ -174,14 +173,6 @@ def full_checkpoint(source: Path) -> Path | None:
         return None
     best = run.best_step()
     return run.step_dir(best if best is not None else steps[-1])
-
-
-def _is_merge_of_result(config: RunConfig, run: RunDir) -> bool:
-    """Whether ``merged/`` holds this very adapter, on the base that the recipe asks for now."""
-    record = read_manifest(run.merged)
-    base = config.export.base if config.quantization else "original"
-    merged = record.get("adapter", {}).get("files", {}).get(ADAPTER_WEIGHTS)
-    return record.get("merged_onto") == base and merged == hash_file(run.adapter / ADAPTER_WEIGHTS)
 
 
 def _stop_if_asked(stop: StopRequest, where: str) -> None:
