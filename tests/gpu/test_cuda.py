@@ -19,13 +19,15 @@ from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
 from trainer.model.attention import VARLEN, cached_attention, document_attention, varlen_attention
+from trainer.model.blocks import SwiGLU
 from trainer.model.format import Format
 from trainer.model.int8 import Int8
+from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
+from trainer.model.kernels.rope import rotate
 from trainer.model.layers import FusedRMSNorm
 from trainer.model.load import load_model, set_recompute
 from trainer.model.nf4 import FourBit
 from trainer.model.quantized import QuantizedLinear, fingerprint
-from trainer.model.swiglu import swiglu
 from trainer.model.weights import build_on_meta, random_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -311,7 +313,7 @@ def test_swiglu_equals_float64(shape: tuple[int, ...], dtype: torch.dtype) -> No
     gate, up = (torch.randn(shape, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(2))
     exact = [x.detach().double().requires_grad_() for x in (gate, up)]
     wanted = nn.functional.silu(exact[0]) * exact[1]
-    found = swiglu(gate, up)
+    found = SwiGLU.apply(gate, up)
     direction = torch.randn_like(found)
     found.backward(direction)
     wanted.backward(direction.double())
@@ -320,6 +322,37 @@ def test_swiglu_equals_float64(shape: tuple[int, ...], dtype: torch.dtype) -> No
     for one, other in ((gate, exact[0]), (up, exact[1])):
         assert one.grad is not None and other.grad is not None
         assert relative_error(one.grad, other.grad) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (257, 96), (33, 5120), (9, 8192)], ids=str)
+def test_norm_kernels_equal_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad, residual = (torch.randn(shape, device=CUDA, dtype=dtype) for _ in range(3))
+    weight = torch.randn(shape[1], device=CUDA, dtype=dtype) + 1
+    exact, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = nn.functional.rms_norm(exact, shape[1:], exact_weight, 1e-5)
+    wanted.backward(grad.double())
+    assert exact.grad is not None and exact_weight.grad is not None
+    bound = torch.finfo(dtype).eps
+    assert relative_error(rms_norm(x, weight, 1e-5), wanted) < bound
+    assert relative_error(rms_norm_backward(grad, x, weight, 1e-5, residual), exact.grad + residual) < bound
+    assert relative_error(rms_norm_weight_grad(grad, x, weight, 1e-5), exact_weight.grad) < 3 * bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (257, 8, 128), (33, 40, 128), (5, 3, 96)], ids=str)
+def test_rotation_equals_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=CUDA, dtype=dtype)
+    angles = torch.rand(shape[0], shape[2] // 2, device=CUDA)
+    cos, sin = (torch.cat([table, table], dim=1).to(dtype) for table in (angles.cos(), angles.sin()))
+    for inverse in (False, True):
+        wanted = rotate(x.double().cpu(), cos.double().cpu(), sin.double().cpu(), inverse)
+        assert relative_error(rotate(x, cos, sin, inverse).cpu(), wanted) < torch.finfo(dtype).eps
+    in_place = x.clone()
+    rotate(in_place, cos, sin, out=in_place)
+    assert torch.equal(in_place, rotate(x, cos, sin))
 
 
 def test_the_norm_keeps_its_input_alone_for_backward() -> None:

@@ -25,7 +25,7 @@ BY_DOCUMENT = "packed_by_document"
 
 def register_attention() -> None:
     """Makes both kinds known to transformers, under `VARLEN` and `BY_DOCUMENT`. Calling it twice does no harm."""
-    for name, function in ((VARLEN, varlen_attention), (BY_DOCUMENT, document_attention)):
+    for name, function in PACKED_ATTENTION.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, refuse_padding)
 
@@ -125,6 +125,9 @@ def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwa
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("packed attention takes no padding: run padded rows inside `cached_attention(model)`")
+
+
+PACKED_ATTENTION = {VARLEN: varlen_attention, BY_DOCUMENT: document_attention}
 
 
 @contextmanager

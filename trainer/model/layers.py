@@ -1,17 +1,22 @@
-"""Norm and MLP of a decoder layer with fewer passes over memory than transformers' own, and the same parameters."""
+"""Decoder layers with fewer passes over memory than transformers' own, and the same parameters under the same names."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
 
-from trainer.model.swiglu import swiglu
+from trainer.config import RecomputeLevel
+from trainer.model.attention import PACKED_ATTENTION
+from trainer.model.blocks import AddProjection, FeedForward, QueryKeyValue, SwiGLU
+from trainer.model.linears import LinearSpec
+from trainer.model.lora import flat_linear
 
 
 class FusedRMSNorm(nn.Module):
@@ -43,13 +48,102 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., hidden] -> [..., hidden]``."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class FusedDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer of the Llama family as the three nodes of `trainer.model.blocks`, for packed rows.
+
+    Where a linear needs its own module (see `flat_linear`), or rows are padded or cached (generation), it computes by
+    transformers' modules, one after the other.
+
+    Attributes:
+        recompute: what backward computes again; ``full`` is transformers' gradient checkpointing around the layer.
+    """
+
+    recompute: RecomputeLevel = "none"
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[1, tokens, hidden] -> [1, tokens, hidden]``; arguments as of transformers' decoder layers."""
+        parts = None if args else self._parts(hidden_states, **kwargs)
+        if parts is None:
+            attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        # autocast inside an autograd function would cast the forward and not the backward
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self._fused(hidden_states.to(parts.dtype), parts, **kwargs)
+
+    def _fused(
+        self,
+        hidden_states: torch.Tensor,
+        parts: Parts,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        attention, rows = self.self_attn, hidden_states[0]
+        norm, next_norm = self.input_layernorm, self.post_attention_layernorm
+        cos, sin = (table[0] for table in position_embeddings)
+        *heads, rows = QueryKeyValue.apply(rows, norm.weight, norm.eps, cos, sin, self.recompute, *parts.qkv)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in heads)
+        attend: Any = PACKED_ATTENTION[attention.config._attn_implementation]
+        attended = attend(attention, q, k, v, scaling=attention.scaling, **kwargs)[0]
+        rows = AddProjection.apply(attended.reshape(len(rows), -1), rows, *parts.output)
+        rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, *parts.mlp)
+        return rows.unsqueeze(0)
+
+    def _parts(self, hidden_states: torch.Tensor, **kwargs: Any) -> Parts | None:
+        """What the nodes take; None where the modules have to compute."""
+        attention, device_type = self.self_attn, hidden_states.device.type
+        if len(hidden_states) != 1 or kwargs.get("past_key_values") is not None:
+            return None
+        if attention.config._attn_implementation not in PACKED_ATTENTION:
+            return None
+        dtype = hidden_states.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        qkv = _flatten(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
+        output = _flatten(dtype, attention.o_proj)
+        mlp = _flatten(dtype, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+        if qkv is None or output is None or mlp is None:
+            return None
+        return Parts(dtype, qkv, (output[0][0], *output[1:]), mlp)
+
+
+class Parts(NamedTuple):
+    """Specs and tensors of a layer's linears, as the nodes take them."""
+
+    dtype: torch.dtype
+    qkv: tuple[Any, ...]
+    output: tuple[Any, ...]
+    mlp: tuple[Any, ...]
+
+
+def _flatten(dtype: torch.dtype, *linears: nn.Module) -> tuple[Any, ...] | None:
+    specs: list[LinearSpec] = []
+    tensors: list[torch.Tensor] = []
+    for linear in linears:
+        flat = flat_linear(linear, dtype)
+        if flat is None:
+            return None
+        specs.append(flat[0])
+        tensors += flat[1]
+    return tuple(specs), *tensors
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
-    """Replaces norms and MLPs of a Llama-family model; parameter names stay as they are."""
+    """Replaces norms and decoder layers of a Llama-family model; parameter names stay as they are."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (LlamaRMSNorm, MistralRMSNorm)):
             model.set_submodule(name, FusedRMSNorm(module))
         elif isinstance(module, (LlamaMLP, MistralMLP)) and module.config.hidden_act == "silu":
             model.set_submodule(name, FusedMLP(module))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LlamaDecoderLayer, MistralDecoderLayer)) and isinstance(module.mlp, FusedMLP):
+            model.set_submodule(name, FusedDecoderLayer(module))

@@ -6,6 +6,7 @@ here. Only the forward is ours, and only where nothing special is asked for.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,64 +17,38 @@ from transformers import PreTrainedModel
 
 from trainer.config import AdapterConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.format import Format
+from trainer.model.linears import LinearSpec, project, project_backward, unflatten
 from trainer.model.quantized import QuantizedLinear
 
 ADAPTER = "default"  # PEFT's name of the only adapter
 
 
 class LoraMatMul(torch.autograd.Function):
-    """``x @ W.T + bias + scaling * x @ A.T @ B.T`` for a frozen W that is 16 bit or quantised.
+    """One linear with its adapter. Saves x, the rank-r product and the parameters themselves.
 
-    Saves x, the rank-r product and the parameters themselves. PEFT's own path keeps the input twice (with a cast
-    between the adapter's dtype and the base's) and the adapter's output once more.
+    PEFT's own path keeps the input twice (with a cast between the adapter's dtype and the base's) and the adapter's
+    output once more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        scaling: float,
-        bias: torch.Tensor | None,
-        format: Format | None,
-        *base: torch.Tensor,
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, spec: LinearSpec, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        """
-        Args:
-            x: ``[..., in]`` in the dtype of the matmuls.
-            lora_a: ``[r, in]``, lora_b: ``[out, r]``; in their own dtype.
-            format: of a quantised base, else None.
-            base: ``weight [out, in]``, or ``packed, scales`` of a quantised one.
-        """
-        rows = x.reshape(-1, x.shape[-1])
-        weight = _dense(format, base, x.dtype)
-        low_rank = rows @ lora_a.to(x.dtype).t()
-        output = rows @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.t())
-        output.addmm_(low_rank, lora_b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, low_rank, lora_a, lora_b, *base)
-        ctx.scaling, ctx.format = scaling, format
+        """``x [..., in]`` in the dtype of the matmuls; tensors as of `trainer.model.linears.unflatten`."""
+        (output,), low_rank = project(x.reshape(-1, x.shape[-1]), unflatten([spec], tensors))
+        if bias is not None:
+            output += bias.to(x.dtype)
+        ctx.save_for_backward(x, low_rank, *tensors)
+        ctx.spec = spec
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, low_rank, lora_a, lora_b, *base = ctx.saved_tensors
-        rows, grad = x.reshape(-1, x.shape[-1]), grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        grad = grad.to(x.dtype)
-        grad_low_rank = (grad @ lora_b.to(x.dtype)).mul_(ctx.scaling)
-        grad_a = (grad_low_rank.t() @ rows).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = (grad.t() @ low_rank).mul_(ctx.scaling).to(lora_b.dtype) if ctx.needs_input_grad[2] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ _dense(ctx.format, base, x.dtype)
-            grad_x.addmm_(grad_low_rank, lora_a.to(x.dtype))
-            grad_x = grad_x.view_as(x)
-        return grad_x, grad_a, grad_b, None, None, None, *(None for _ in base)
-
-
-def _dense(format: Format | None, base: tuple[torch.Tensor, ...] | list[torch.Tensor], dtype: torch.dtype) -> Any:
-    return base[0].to(dtype) if format is None else format.dequantize(base[0], base[1], dtype)
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low_rank, *tensors = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1]).to(x.dtype)
+        linears, rows = unflatten([ctx.spec], tensors), x.reshape(-1, x.shape[-1])
+        grad_x, grad_tensors = project_backward([grad], rows, low_rank, linears, ctx.needs_input_grad[0])
+        return grad_x if grad_x is None else grad_x.view_as(x), None, None, *grad_tensors
 
 
 class FusedLora(PeftLoraLinear):
@@ -101,25 +76,30 @@ class FusedLora(PeftLoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., in] -> [..., out]``; in the input's dtype, or in the matmuls' under autocast."""
-        if args or kwargs or not self._is_plain():
+        if args or kwargs or not self.is_plain():
             return super().forward(x, *args, **kwargs)
-        adapter, device_type = self.active_adapters[0], x.device.type
         base: Any = self.get_base_layer()
-        autocast = torch.is_autocast_enabled(device_type)
-        tensors: tuple[torch.Tensor, ...]
-        format: Format | None
+        autocast = torch.is_autocast_enabled(x.device.type)
         if isinstance(base, QuantizedLinear):
-            dtype, format, tensors = base.compute_dtype, base.format, (base.packed, base.scales)
+            dtype = base.compute_dtype
         else:
-            dtype = torch.get_autocast_dtype(device_type) if autocast else base.weight.dtype
-            format, tensors = None, (base.weight,)
-        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
         # autocast inside an autograd function would cast the forward and not the backward
-        with torch.autocast(device_type, enabled=False):
-            output = LoraMatMul.apply(x.to(dtype), lora_a, lora_b, self.scaling[adapter], base.bias, format, *tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            spec, tensors = self.flat()
+            output = LoraMatMul.apply(x.to(dtype), base.bias, spec, *tensors)
         return output if autocast else output.to(x.dtype)
 
-    def _is_plain(self) -> bool:
+    def flat(self) -> tuple[LinearSpec, tuple[torch.Tensor, ...]]:
+        """What a plain layer computes with, in the order of `trainer.model.linears.unflatten`."""
+        adapter = self.active_adapters[0]
+        spec, base = _flat_base(self.get_base_layer())
+        lora_a: Any = self.lora_A[adapter]
+        lora_b: Any = self.lora_B[adapter]
+        return replace(spec, scaling=self.scaling[adapter]), (*base, lora_a.weight, lora_b.weight)
+
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for but one adapter's product, which is what is fused."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
             return False
@@ -140,6 +120,30 @@ class FusedLora(PeftLoraLinear):
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
+
+
+def flat_linear(module: nn.Module, dtype: torch.dtype) -> tuple[LinearSpec, tuple[torch.Tensor, ...]] | None:
+    """What a linear computes with in `dtype`, with an adapter or without; None where only the module itself can say.
+
+    That is with a bias, dropout, DoRA and the like, and where a module's own hooks have to run: ZeRO-3 gathers what a
+    module owns when that module is called.
+    """
+    base: Any = module.get_base_layer() if isinstance(module, FusedLora) else module
+    if not isinstance(base, (QuantizedLinear, nn.Linear)) or base.bias is not None:
+        return None
+    if isinstance(base, QuantizedLinear) and base.compute_dtype != dtype:
+        return None
+    if any(part._forward_pre_hooks or part._forward_hooks for part in (module, base)):
+        return None
+    if isinstance(module, FusedLora):
+        return module.flat() if module.is_plain() else None
+    return _flat_base(base)
+
+
+def _flat_base(base: Any) -> tuple[LinearSpec, tuple[torch.Tensor, ...]]:
+    if isinstance(base, QuantizedLinear):
+        return LinearSpec(base.format, None), (base.packed, base.scales)
+    return LinearSpec(None, None), (base.weight,)
 
 
 def decoder_linears(causal_lm: PreTrainedModel) -> dict[str, nn.Module]:

@@ -1,8 +1,6 @@
-"""``silu(gate) * up`` (arXiv:2002.05202) in one pass over memory forward and one backward, by Triton on CUDA."""
+"""``silu(gate) * up`` (arXiv:2002.05202) in one pass over memory forward and one backward."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -16,31 +14,23 @@ except ImportError:  # torch for CPUs comes without
 BLOCK = 1024  # elements a program computes
 
 
-class SwiGLU(torch.autograd.Function):
-    """Keeps gate and up; what lies between is computed again in backward. Rounds once, from float32."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        output = torch.empty_like(gate)
-        _forward_kernel[_grid(gate)](gate, up, output, gate.numel(), BLOCK)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        grad = grad_outputs[0].contiguous()
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        _backward_kernel[_grid(gate)](grad, gate, up, grad_gate, grad_up, gate.numel(), BLOCK)
-        return grad_gate, grad_up
-
-
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``; both of one shape and dtype."""
-    if triton is None or not gate.is_cuda or gate.dtype != up.dtype:
+    """``silu(gate) * up``; both contiguous, of one shape and dtype."""
+    if triton is None or not gate.is_cuda:
         return F.silu(gate) * up
-    return SwiGLU.apply(gate, up)
+    output = torch.empty_like(gate)
+    _forward_kernel[_grid(gate)](gate, up, output, gate.numel(), BLOCK)
+    return output
+
+
+def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, of their product's."""
+    if triton is None or not gate.is_cuda:
+        sigmoid = torch.sigmoid(gate)
+        return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _backward_kernel[_grid(gate)](grad.contiguous(), gate, up, grad_gate, grad_up, gate.numel(), BLOCK)
+    return grad_gate, grad_up
 
 
 def _grid(tensor: torch.Tensor) -> tuple[int]:
