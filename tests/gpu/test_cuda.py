@@ -26,7 +26,7 @@ from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm
 from trainer.model.kernels.rope import rotate
 from trainer.model.layers import FusedRMSNorm
 from trainer.model.load import load_model, set_recompute
-from trainer.model.nf4 import FourBit
+from trainer.model.nf4 import FourBit, _dequantize_scales
 from trainer.model.quantized import QuantizedLinear, fingerprint
 from trainer.model.weights import build_on_meta, random_tensor
 
@@ -322,6 +322,21 @@ def test_swiglu_equals_float64(shape: tuple[int, ...], dtype: torch.dtype) -> No
     for one, other in ((gate, exact[0]), (up, exact[1])):
         assert one.grad is not None and other.grad is not None
         assert relative_error(one.grad, other.grad) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_dequantised_weights_are_those_of_bitsandbytes(format: FourBit, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(75, 704, device=CUDA)
+    packed, scales = format.quantize(weight)
+    absmax = scales.view(torch.float32) if not format.double_quant else _dequantize_scales(scales, weight.numel() // 64)
+    args = (packed, absmax, 64, format.type, [75, 704], dtype)
+    wanted = torch.ops.bitsandbytes.dequantize_4bit(*args)
+    assert torch.equal(format.dequantize(packed, scales, dtype), wanted)
+    wide = torch.zeros(75, 720, device=CUDA, dtype=dtype)
+    format.dequantize(packed, scales, dtype, wide[:, 8:712])
+    assert torch.equal(wide[:, 8:712], wanted) and not wide[:, :8].any() and not wide[:, 712:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

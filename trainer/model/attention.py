@@ -72,9 +72,10 @@ def varlen_attention(
         return document_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
+    # Squeezed: the gradient of an index is a tensor of zeros with a copy in it.
     # Float32 norms and rotary tables under autocast leave query and key in float32; the kernel wants one dtype.
     # torch 2.11 has no `enable_gqa`, hence the repeated heads.
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, *_repeat_heads(query, key, value)))
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, *_repeat_heads(query, key, value)))
     behind = (-1, 0)  # everything behind, nothing ahead
     cu, longest = cu_seq_lens_q, max_length_q
     output = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=behind)

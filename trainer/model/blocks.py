@@ -17,7 +17,15 @@ from trainer.config import RecomputeLevel
 from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from trainer.model.kernels.rope import rotate
 from trainer.model.kernels.swiglu import swiglu, swiglu_backward
-from trainer.model.linears import LinearSpec, low_rank_product, project, project_backward, unflatten
+from trainer.model.linears import (
+    Linear,
+    LinearSpec,
+    project,
+    project_backward,
+    total_out,
+    unflatten,
+    widened,
+)
 
 Grads = tuple[torch.Tensor | None, ...]
 
@@ -47,27 +55,32 @@ class QueryKeyValue(torch.autograd.Function):
             q, k and v as ``[rows, heads, head_dim]``, and `x` itself: what the residual stream goes on from, so that
             its gradient comes back here and is added where the norm's is computed.
         """
-        normed = rms_norm(x, norm_weight, eps)
-        outputs, low_rank = project(normed, unflatten(specs, tensors))
-        q, k, v = (output.view(len(x), -1, cos.shape[-1]) for output in outputs)
+        linears = unflatten(specs, tensors)
+        wide = _normed(x, norm_weight, eps, linears)
+        outputs = project(wide, linears)
+        widths = [linear.out_features for linear in linears]
+        q, k, v = (output.unflatten(1, (-1, cos.shape[-1])) for output in outputs.split(widths, 1))
         rotate(q, cos, sin, out=q)
         rotate(k, cos, sin, out=k)
-        kept = normed if recompute == "none" else None
-        ctx.save_for_backward(x, norm_weight, cos, sin, low_rank, kept, *tensors)
+        ctx.save_for_backward(x, norm_weight, cos, sin, *_kept(wide, x.shape[1], recompute), *tensors)
         ctx.eps, ctx.specs = eps, specs
         return q, k, v, x
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
-        x, norm_weight, cos, sin, low_rank, normed, *tensors = ctx.saved_tensors
-        normed = rms_norm(x, norm_weight, ctx.eps) if normed is None else normed
-        grad_q, grad_k = (rotate(grad, cos, sin, inverse=True) for grad in grads[:2])
-        grad_heads = [_rows(grad, x) for grad in (grad_q, grad_k, grads[2])]
+        x, norm_weight, cos, sin, normed, low_rank, *tensors = ctx.saved_tensors
+        linears = unflatten(ctx.specs, tensors)
+        if normed is None:
+            normed = rms_norm(x, norm_weight, ctx.eps)
+        wide = widened(x, total_out(linears), linears)
+        widths = [linear.out_features for linear in linears]
+        q, k, v = (own.unflatten(1, (-1, cos.shape[-1])) for own in wide[:, : sum(widths)].split(widths, 1))
+        rotate(grads[0], cos, sin, inverse=True, out=q)
+        rotate(grads[1], cos, sin, inverse=True, out=k)
+        v.copy_(grads[2])
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_normed, grad_tensors = project_backward(
-            grad_heads, normed, low_rank, unflatten(ctx.specs, tensors), needs_grad
-        )
-        grad_x, grad_weight = _norm_backward(ctx, grad_normed, x, norm_weight, _rows(grads[3], x))
+        grad_normed, grad_tensors = project_backward(wide, normed, low_rank, linears, needs_grad)
+        grad_x, grad_weight = _norm_backward(ctx, grad_normed, x, norm_weight, grads[3])
         return grad_x, grad_weight, None, None, None, None, None, *grad_tensors
 
 
@@ -79,18 +92,20 @@ class AddProjection(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, spec: LinearSpec, *tensors: torch.Tensor
     ) -> torch.Tensor:
         """``x [rows, in]``, ``residual [rows, out]``, and the linear's tensors."""
-        (output,), low_rank = project(x, unflatten([spec], tensors), residual)
-        ctx.save_for_backward(x, low_rank, *tensors)
+        linears = unflatten([spec], tensors)
+        wide = _beside(x, linears)
+        output = project(wide, linears, residual)
+        ctx.save_for_backward(x, wide[:, x.shape[1] :].clone(), *tensors)
         ctx.spec = spec
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
         x, low_rank, *tensors = ctx.saved_tensors
-        grad = _rows(grads[0], x)
         linears = unflatten([ctx.spec], tensors)
-        grad_x, grad_tensors = project_backward([grad], x, low_rank, linears, ctx.needs_input_grad[0])
-        return grad_x, grad, None, *grad_tensors
+        wide = _beside(grads[0], linears)
+        grad_x, grad_tensors = project_backward(wide, x, low_rank, linears, ctx.needs_input_grad[0])
+        return grad_x, grads[0], None, *grad_tensors
 
 
 class FeedForward(torch.autograd.Function):
@@ -109,44 +124,41 @@ class FeedForward(torch.autograd.Function):
         """
         Args:
             x: ``[rows, hidden]`` in the dtype of the matmuls.
-            recompute: ``none`` keeps all matmuls' inputs; ``norms`` keeps gate and up; ``mlp`` keeps `x` alone.
+            recompute: ``none`` keeps all matmuls' inputs; ``norms`` keeps gate and up; ``mlp`` keeps `x` and the rank-r
+                products alone.
             specs, tensors: of gate, up and down.
         """
         *inner, down = unflatten(specs, tensors)
-        normed = rms_norm(x, norm_weight, eps)
-        (gate, up), low_rank = project(normed, inner)
-        product = swiglu(gate, up)
-        (output,), low_rank_down = project(product, [down], residual=x)
-        kept: list[torch.Tensor | None] = [normed, product, gate, up, low_rank, low_rank_down]
-        if recompute != "none":
-            kept[:2] = None, None
-        if recompute == "mlp":
-            kept[2:] = [None] * 4
-        ctx.save_for_backward(x, norm_weight, *kept, *tensors)
+        wide = _normed(x, norm_weight, eps, inner)
+        both = project(wide, inner)
+        wide_product = _product(both, down)
+        output = project(wide_product, [down], residual=x)
+        kept = _kept(wide, x.shape[1], recompute) + _kept(wide_product, both.shape[1] // 2, recompute)
+        ctx.save_for_backward(x, norm_weight, None if recompute == "mlp" else both, *kept, *tensors)
         ctx.eps, ctx.specs = eps, specs
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
-        x, norm_weight, normed, product, gate, up, low_rank, low_rank_down, *tensors = ctx.saved_tensors
+        x, norm_weight, both, normed, low_rank, product, low_rank_down, *tensors = ctx.saved_tensors
         *inner, down = unflatten(ctx.specs, tensors)
-        grad = _rows(grads[0], x)
-        normed = rms_norm(x, norm_weight, ctx.eps) if normed is None else normed
-        if gate is None:
-            (gate, up), low_rank = project(normed, inner)
-            low_rank_down = None
+        if both is None:
+            wide = _normed(x, norm_weight, ctx.eps, inner)
+            both, normed = project(wide, inner), wide[:, : x.shape[1]]
+        elif normed is None:
+            normed = rms_norm(x, norm_weight, ctx.eps)
+        gate, up = both.chunk(2, 1)
         if product is None:
             product = swiglu(gate, up)
-        if low_rank_down is None:
-            low_rank_down = low_rank_product(product, [down])
-        grad_product, grads_down = project_backward([grad], product, low_rank_down, [down], needs_grad_x=True)
+        grad_product, grads_down = project_backward(_beside(grads[0], [down]), product, low_rank_down, [down], True)
         assert grad_product is not None
         del product
-        grad_inner = swiglu_backward(grad_product, gate, up)
-        del grad_product, gate, up
+        grad_both = widened(x, both.shape[1], inner)
+        swiglu_backward(grad_product, gate, up, *grad_both[:, : both.shape[1]].chunk(2, 1))
+        del grad_product, both, gate, up
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_normed, grads_inner = project_backward(grad_inner, normed, low_rank, inner, needs_grad)
-        grad_x, grad_weight = _norm_backward(ctx, grad_normed, x, norm_weight, grad)
+        grad_normed, grads_inner = project_backward(grad_both, normed, low_rank, inner, needs_grad)
+        grad_x, grad_weight = _norm_backward(ctx, grad_normed, x, norm_weight, grads[0])
         return grad_x, grad_weight, None, None, None, *grads_inner, *grads_down
 
 
@@ -157,11 +169,44 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return swiglu(gate, up)
+        return swiglu(gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])).view_as(gate)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
-        return swiglu_backward(grads[0], *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        flat = [x.view(-1, x.shape[-1]) for x in (grads[0].contiguous(), gate, up, grad_gate, grad_up)]
+        swiglu_backward(*flat)
+        return grad_gate, grad_up
+
+
+def _beside(x: torch.Tensor, linears: list[Linear]) -> torch.Tensor:
+    """`x` with room for the linears' rank-r products beside it."""
+    wide = widened(x, x.shape[1], linears)
+    wide[:, : x.shape[1]] = x
+    return wide
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, linears: list[Linear]) -> torch.Tensor:
+    """The norm of `x` with room for the linears' rank-r products beside it."""
+    wide = widened(x, x.shape[1], linears)
+    rms_norm(x, weight, eps, out=wide[:, : x.shape[1]])
+    return wide
+
+
+def _product(both: torch.Tensor, down: Linear) -> torch.Tensor:
+    """``silu(gate) * up`` of gate and up side by side, with room for the rank-r product of `down` beside it."""
+    gate, up = both.chunk(2, 1)
+    wide = widened(both, gate.shape[1], [down])
+    swiglu(gate, up, out=wide[:, : gate.shape[1]])
+    return wide
+
+
+def _kept(wide: torch.Tensor, columns: int, recompute: RecomputeLevel) -> tuple[torch.Tensor | None, ...]:
+    """What backward is given of a linear's input and of the rank-r products beside it."""
+    if recompute == "none":
+        return wide[:, :columns], wide[:, columns:]
+    return None, wide[:, columns:].clone()  # a view would keep all of it
 
 
 def _norm_backward(
@@ -173,8 +218,3 @@ def _norm_backward(
     grad_weight = rms_norm_weight_grad(grad, x, weight, ctx.eps) if ctx.needs_input_grad[1] else None
     grad_x = rms_norm_backward(grad, x, weight, ctx.eps, residual_grad) if ctx.needs_input_grad[0] else None
     return grad_x, grad_weight
-
-
-def _rows(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``[rows, columns]`` in the dtype of `like`."""
-    return grad.reshape(len(like), -1).to(like.dtype)

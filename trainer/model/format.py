@@ -38,8 +38,14 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def dequantize(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix ``[out, in]`` in `dtype` of what `quantize` made, given as bytes or bit views of them."""
+    def dequantize(
+        self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The matrix ``[out, in]`` in `dtype` of what `quantize` made, given as bytes or bit views of them.
+
+        Args:
+            out: is filled and returned; of that shape and dtype, its rows may lie apart.
+        """
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,8 +41,10 @@ class Int8(Format):
         return packed.view(torch.uint8), absmax.view(-1).view(torch.uint8)
 
     @torch.no_grad()
-    def dequantize(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(
+        self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         codes, absmax = packed.view(torch.int8), as_bytes(scales).view(torch.float32)
-        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
         # A product in float32, rounded once: as `out` it needs no float32 matrix on CUDA.
         return torch.mul(codes, (absmax * (1 / LARGEST)).unsqueeze(1), out=weight)

@@ -87,7 +87,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs: Any,
     ) -> torch.Tensor:
-        attention, rows = self.self_attn, hidden_states[0]
+        attention, rows = self.self_attn, hidden_states.squeeze(0)
         norm, next_norm = self.input_layernorm, self.post_attention_layernorm
         cos, sin = (table[0] for table in position_embeddings)
         *heads, rows = QueryKeyValue.apply(rows, norm.weight, norm.eps, cos, sin, self.recompute, *parts.qkv)

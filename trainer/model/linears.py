@@ -1,8 +1,14 @@
 """Linear layers that read one input, with their adapters (LoRA, arXiv:2106.09685): forward and backward spelled out.
 
-Plain functions on tensors, of which `trainer.model.blocks` makes autograd functions. A quantised weight is dequantised
-for each matmul and kept by nobody. The adapters' products are written where the large matmul then adds its own, and one
-matmul serves the A of all layers that share an input: a rank of 16 next to 4096 costs memory traffic and little else.
+Plain functions on tensors, of which `trainer.model.blocks` makes autograd functions. A rank of 16 beside a side of 4096
+costs few operations but much memory traffic, if the adapters' products are matmuls of their own. So they become part of
+the large one, as further columns of its inner dimension:
+
+    outputs = [x | low rank] @ [W | B].T       with low rank = scaling * x @ A.T
+    grad x  = [grad outputs | grad low rank] @ [W / scaling * A]
+
+where ``|`` lays side by side and ``/`` one below the other, over all linears that share x. A quantised weight is
+dequantised into such a matrix for each matmul and kept by nobody.
 """
 
 from __future__ import annotations
@@ -46,18 +52,29 @@ class Linear(NamedTuple):
     lora_a: torch.Tensor | None
     lora_b: torch.Tensor | None
 
+    @property
+    def out_features(self) -> int:
+        return self.base[0].shape[0]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_a is None else self.lora_a.shape[0]
+
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[out, in]``, dequantised where it has to be."""
         format = self.spec.format
         return self.base[0].to(dtype) if format is None else format.dequantize(self.base[0], self.base[1], dtype)
 
-    @property
-    def scaling(self) -> float:
-        return self.spec.scaling or 0.0
+    def write_weight(self, out: torch.Tensor) -> None:
+        """Writes the weight into ``[out, in]``, whose rows may lie apart."""
+        if self.spec.format is None:
+            out.copy_(self.base[0])
+        else:
+            self.spec.format.dequantize(self.base[0], self.base[1], out.dtype, out)
 
-    @property
-    def rank(self) -> int:
-        return 0 if self.lora_a is None else self.lora_a.shape[0]
+    def scaled_a(self, dtype: torch.dtype) -> torch.Tensor:
+        assert self.lora_a is not None and self.spec.scaling is not None
+        return (self.lora_a * self.spec.scaling).to(dtype)
 
 
 def unflatten(specs: Sequence[LinearSpec], tensors: Sequence[torch.Tensor]) -> list[Linear]:
@@ -70,75 +87,98 @@ def unflatten(specs: Sequence[LinearSpec], tensors: Sequence[torch.Tensor]) -> l
     return linears
 
 
-def project(
-    x: torch.Tensor, linears: Sequence[Linear], residual: torch.Tensor | None = None
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """``x @ W.T + scaling * x @ A.T @ B.T`` of each linear.
+def total_rank(linears: Sequence[Linear]) -> int:
+    return sum(linear.rank for linear in linears)
+
+
+def total_out(linears: Sequence[Linear]) -> int:
+    return sum(linear.out_features for linear in linears)
+
+
+def widened(x: torch.Tensor, columns: int, linears: Sequence[Linear]) -> torch.Tensor:
+    """Empty ``[rows of x, columns + total_rank]``, in the dtype of `x`."""
+    return x.new_empty(len(x), columns + total_rank(linears))
+
+
+def project(wide: torch.Tensor, linears: Sequence[Linear], residual: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ W.T + scaling * x @ A.T @ B.T`` of all linears side by side, ``[rows, total_out]``.
 
     Args:
-        x: ``[rows, in]`` in the dtype of the matmuls.
-        residual: ``[rows, out]``, added to the outputs.
-
-    Returns:
-        Outputs ``[rows, out]``, and ``scaling * x @ A.T`` of all linears side by side, ``[rows, sum of r]``.
+        wide: ``[rows, in + total_rank]`` in the dtype of the matmuls; its first columns are x, its last are written
+            here with the products ``scaling * x @ A.T``, which backward needs.
+        residual: ``[rows, out]``, added to the output of a single linear.
     """
-    low_rank = low_rank_product(x, linears)
-    outputs = []
-    for linear, own in zip(linears, low_rank.split([linear.rank for linear in linears], dim=1), strict=True):
-        output = None
-        if linear.lora_b is not None:
-            b = linear.lora_b.to(x.dtype).t()
-            output = own @ b if residual is None else torch.addmm(residual, own, b)
-        elif residual is not None:
-            output = residual.clone()  # the caller's own
-        outputs.append(_add_matmul(output, x, linear.weight(x.dtype).t()))
-    return outputs, low_rank
-
-
-def low_rank_product(x: torch.Tensor, linears: Sequence[Linear]) -> torch.Tensor:
-    """``scaling * x @ A.T`` of all linears side by side, ``[rows, sum of r]``."""
-    return x @ _stacked_a(linears, x).t()
+    num_inputs = wide.shape[1] - total_rank(linears)
+    x, low_rank = wide[:, :num_inputs], wide[:, num_inputs:]
+    if low_rank.shape[1]:
+        torch.mm(x, _stacked_a(linears, x.dtype).t(), out=low_rank)
+        weights = _beside_b(linears, num_inputs, wide)
+        return wide @ weights.t() if residual is None else torch.addmm(residual, wide, weights.t())
+    if residual is not None:
+        (linear,) = linears
+        return torch.addmm(residual, x, linear.weight(x.dtype).t())
+    outputs = x.new_empty(len(x), total_out(linears))
+    for linear, output in zip(linears, outputs.split([linear.out_features for linear in linears], 1), strict=True):
+        torch.mm(x, linear.weight(x.dtype).t(), out=output)
+    return outputs
 
 
 def project_backward(
-    grads: Sequence[torch.Tensor],
-    x: torch.Tensor,
-    low_rank: torch.Tensor,
-    linears: Sequence[Linear],
-    needs_grad_x: bool,
+    grads: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, linears: Sequence[Linear], needs_grad_x: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of the input, and of the linears' tensors in the order of `unflatten`, None where frozen.
 
     Args:
-        grads: of the outputs, ``[rows, out]`` each, in the dtype of `x`.
-        x, low_rank: as given to and by `project`.
+        grads: ``[rows, total_out + total_rank]``; its first columns are the outputs' gradients, its last are written
+            here with those of the rank-r products.
+        x: ``[rows, in]``, low_rank: ``[rows, total_rank]``, as in `project`.
     """
-    ranks = [linear.rank for linear in linears]
-    grad_low_rank = torch.empty_like(low_rank)
-    for grad, linear, own in zip(grads, linears, grad_low_rank.split(ranks, dim=1), strict=True):
+    ranks, outs = [linear.rank for linear in linears], [linear.out_features for linear in linears]
+    own_grads, low_rank_grads = grads[:, : sum(outs)].split(outs, 1), grads[:, sum(outs) :]
+    for linear, grad, low_rank_grad in zip(linears, own_grads, low_rank_grads.split(ranks, 1), strict=True):
         if linear.lora_b is not None:
-            torch.mm(grad, linear.lora_b.to(x.dtype), out=own)
-    grads_a = (grad_low_rank.t() @ x).split(ranks)
+            torch.mm(grad, linear.lora_b.to(x.dtype), out=low_rank_grad)
+    grads_a = (low_rank_grads.t() @ x).split(ranks)
     found: list[torch.Tensor | None] = []
-    for grad, linear, own, grad_a in zip(grads, linears, low_rank.split(ranks, dim=1), grads_a, strict=True):
+    for linear, grad, own, grad_a in zip(linears, own_grads, low_rank.split(ranks, 1), grads_a, strict=True):
         found += [(grad.t() @ x).to(tensor.dtype) if tensor.requires_grad else None for tensor in linear.base]
         if linear.lora_a is not None and linear.lora_b is not None:
-            found.append(grad_a.to(linear.lora_a.dtype) * linear.scaling)
+            found.append(grad_a.to(linear.lora_a.dtype).mul_(linear.spec.scaling))
             found.append((grad.t() @ own).to(linear.lora_b.dtype))
     if not needs_grad_x:
         return None, found
-    grad_x = grad_low_rank @ _stacked_a(linears, x) if any(ranks) else None
-    for grad, linear in zip(grads, linears, strict=True):
-        grad_x = _add_matmul(grad_x, grad, linear.weight(x.dtype))
+    if sum(ranks):
+        return grads @ _above_a(linears, x), found
+    grad_x = own_grads[0] @ linears[0].weight(x.dtype)
+    for linear, grad in zip(linears[1:], own_grads[1:], strict=True):
+        grad_x.addmm_(grad, linear.weight(x.dtype))
     return grad_x, found
 
 
-def _add_matmul(sum_: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``sum_ + left @ right`` in the memory of `sum_`."""
-    return left @ right if sum_ is None else sum_.addmm_(left, right)
+def _beside_b(linears: Sequence[Linear], num_inputs: int, like: torch.Tensor) -> torch.Tensor:
+    """``[W | B]`` of each linear one below the other, ``[total_out, in + total_rank]``; no B beside another's W."""
+    stacked = like.new_empty(total_out(linears), num_inputs + total_rank(linears))
+    if len(linears) > 1:
+        stacked[:, num_inputs:].zero_()
+    column = num_inputs
+    for linear, rows in zip(linears, stacked.split([linear.out_features for linear in linears]), strict=True):
+        linear.write_weight(rows[:, :num_inputs])
+        if linear.lora_b is not None:
+            rows[:, column : column + linear.rank].copy_(linear.lora_b)
+        column += linear.rank
+    return stacked
 
 
-def _stacked_a(linears: Sequence[Linear], x: torch.Tensor) -> torch.Tensor:
-    """``scaling * A`` of all linears one below the other, ``[sum of r, in]``, in the dtype of `x`."""
-    scaled = [(linear.lora_a * linear.scaling).to(x.dtype) for linear in linears if linear.lora_a is not None]
-    return torch.cat(scaled) if scaled else x.new_zeros(0, x.shape[1])
+def _above_a(linears: Sequence[Linear], x: torch.Tensor) -> torch.Tensor:
+    """All W above all ``scaling * A``, ``[total_out + total_rank, in]``."""
+    outs = [linear.out_features for linear in linears]
+    stacked = x.new_empty(sum(outs) + total_rank(linears), x.shape[1])
+    for linear, rows in zip(linears, stacked[: sum(outs)].split(outs), strict=True):
+        linear.write_weight(rows)
+    stacked[sum(outs) :].copy_(_stacked_a(linears, x.dtype))
+    return stacked
+
+
+def _stacked_a(linears: Sequence[Linear], dtype: torch.dtype) -> torch.Tensor:
+    """``scaling * A`` of all linears one below the other, ``[total_rank, in]``; there is at least one adapter."""
+    return torch.cat([linear.scaled_a(dtype) for linear in linears if linear.lora_a is not None])

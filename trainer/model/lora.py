@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trainer.config import AdapterConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.linears import LinearSpec, project, project_backward, unflatten
+from trainer.model.linears import LinearSpec, project, project_backward, unflatten, widened
 from trainer.model.quantized import QuantizedLinear
 
 ADAPTER = "default"  # PEFT's name of the only adapter
@@ -35,19 +35,24 @@ class LoraMatMul(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, spec: LinearSpec, *tensors: torch.Tensor
     ) -> torch.Tensor:
         """``x [..., in]`` in the dtype of the matmuls; tensors as of `trainer.model.linears.unflatten`."""
-        (output,), low_rank = project(x.reshape(-1, x.shape[-1]), unflatten([spec], tensors))
+        linears, rows = unflatten([spec], tensors), x.reshape(-1, x.shape[-1])
+        wide = widened(rows, rows.shape[1], linears)
+        wide[:, : rows.shape[1]] = rows
+        output = project(wide, linears)
         if bias is not None:
             output += bias.to(x.dtype)
-        ctx.save_for_backward(x, low_rank, *tensors)
+        ctx.save_for_backward(x, wide[:, rows.shape[1] :].clone(), *tensors)
         ctx.spec = spec
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low_rank, *tensors = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1]).to(x.dtype)
         linears, rows = unflatten([ctx.spec], tensors), x.reshape(-1, x.shape[-1])
-        grad_x, grad_tensors = project_backward([grad], rows, low_rank, linears, ctx.needs_input_grad[0])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        wide = widened(rows, grad.shape[1], linears)
+        wide[:, : grad.shape[1]] = grad
+        grad_x, grad_tensors = project_backward(wide, rows, low_rank, linears, ctx.needs_input_grad[0])
         return grad_x if grad_x is None else grad_x.view_as(x), None, None, *grad_tensors
 
 

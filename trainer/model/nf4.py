@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from trainer.errors import UserError
 from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, as_bytes
+from trainer.model.kernels.dequantize import BLOCK_SIZE, can_dequantize, dequantize
 
-BLOCK_SIZE = 64  # weights that share one scale
 SCALES_PER_GROUP = 256  # scales that share one second-level scale
 
 
@@ -80,16 +80,31 @@ class FourBit(Format):
         return packed, _quantize_scales(scales) if self.double_quant else scales.view(torch.uint8)
 
     @torch.no_grad()
-    def dequantize(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        packed = packed.view(torch.uint8)
+    def dequantize(
+        self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        packed, scales = packed.view(torch.uint8), as_bytes(scales)
         shape, num_weights = [packed.shape[0], packed.shape[1] * 2], packed.numel() * 2
         num_blocks = -(-num_weights // BLOCK_SIZE)
-        scales = as_bytes(scales)
+        if can_dequantize(packed):
+            out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
+            if self.double_quant:
+                first, second = scales[-num_blocks:], scales[:-num_blocks].view(torch.float32)
+            else:
+                first, second = scales.view(torch.float32), None
+            dequantize(packed, first, second, _values(self.type, packed.device), dynamic_map(packed.device), out)
+            return out
         block_scales = _dequantize_scales(scales, num_blocks) if self.double_quant else scales.view(torch.float32)
         # Blocks run on from row to row, but bitsandbytes 0.50's CPU kernel starts a new one at each: give it one row.
         rows = shape if shape[1] % BLOCK_SIZE == 0 else [num_weights]
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, block_scales, BLOCK_SIZE, self.type, rows, dtype)
-        return weight.view(shape)
+        return weight.view(shape) if out is None else out.copy_(weight.view(shape))
+
+
+@lru_cache
+def _values(type: str, device: torch.device) -> torch.Tensor:
+    """Value of each 4-bit code, float32 ``[16]``."""
+    return get_4bit_type(type, device="cpu").to(device, torch.float32)
 
 
 @lru_cache

@@ -12,21 +12,22 @@ except ImportError:  # torch for CPUs comes without
     triton = None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` of each row.
 
     Args:
         x: ``[rows, hidden]``.
         weight: ``[hidden]``.
+        out: of the shape and dtype of `x`, whose rows may lie apart; default: a new tensor.
 
     Returns:
         ``[rows, hidden]`` in the dtype of `x`.
     """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if triton is None or not x.is_cuda:
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
-    x, output = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _forward_kernel[(x.shape[0],)](x, weight, output, x.shape[1], eps, **_launch(x.shape[1]))
-    return output
+        return out.copy_(F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps))
+    _forward_kernel[(x.shape[0],)](x.contiguous(), weight, out, x.shape[1], out.stride(0), eps, **_launch(x.shape[1]))
+    return out
 
 
 def rms_norm_backward(
@@ -64,14 +65,15 @@ def _launch(hidden: int) -> dict[str, int]:
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(x_ptr, weight_ptr, output_ptr, hidden, eps, BLOCK: tl.constexpr):
+    def _forward_kernel(x_ptr, weight_ptr, output_ptr, hidden, output_stride, eps, BLOCK: tl.constexpr):
         columns = tl.arange(0, BLOCK)
         inside = columns < hidden
-        at = tl.program_id(0).to(tl.int64) * hidden + columns
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        row = tl.program_id(0).to(tl.int64)
+        x = tl.load(x_ptr + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         rstd = 1 / tl.sqrt(tl.sum(x * x) / hidden + eps)
-        tl.store(output_ptr + at, (x * rstd * weight).to(output_ptr.dtype.element_ty), mask=inside)
+        output = (x * rstd * weight).to(output_ptr.dtype.element_ty)
+        tl.store(output_ptr + row * output_stride + columns, output, mask=inside)
 
     @triton.jit
     def _backward_kernel(grad_ptr, x_ptr, weight_ptr, residual_ptr, output_ptr, hidden, eps, BLOCK: tl.constexpr):

@@ -20,7 +20,9 @@ def rotate(
         x: ``[rows, heads, head_dim]``.
         cos, sin: ``[rows, head_dim]``, whose halves are equal, as transformers makes them.
         inverse: rotate back, which is also the gradient.
-        out: contiguous, of the shape of `x`, which it may be; default: a new tensor.
+        out: of the shape and dtype of `x`, which it may be; default: a new tensor.
+
+    Rows of `x` and `out` may lie apart; the heads of a row lie together.
 
     Returns:
         ``[rows, heads, head_dim]`` in the dtype of `x`.
@@ -32,9 +34,12 @@ def rotate(
         c, s = (table[:, None, :half].to(wide) for table in (cos, -sin if inverse else sin))
         first, second = x.to(wide).split(half, dim=-1)
         return out.copy_(torch.cat([first * c - second * s, second * c + first * s], dim=-1))
-    x, (rows, heads, _) = x.contiguous(), x.shape
+    rows, heads, dim = x.shape
+    if x.stride()[1:] != (dim, 1):
+        x = x.contiguous()
     sizes = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(half)}
-    _kernel[(rows,)](x, cos.contiguous(), sin.contiguous(), out, heads, half, INVERSE=inverse, **sizes, num_warps=8)
+    cos, sin, strides = cos.contiguous(), sin.contiguous(), (x.stride(0), out.stride(0))
+    _kernel[(rows,)](x, cos, sin, out, *strides, heads, half, INVERSE=inverse, **sizes, num_warps=8)
     return out
 
 
@@ -42,7 +47,7 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        x_ptr, cos_ptr, sin_ptr, output_ptr, heads, half,
+        x_ptr, cos_ptr, sin_ptr, output_ptr, x_stride, output_stride, heads, half,
         INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -54,8 +59,9 @@ if triton is not None:
             sin = -sin
         head = tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (columns < half)[None, :]
-        at = row * heads * 2 * half + head * 2 * half + columns[None, :]
-        first = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(x_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
-        tl.store(output_ptr + at, (first * cos - second * sin).to(output_ptr.dtype.element_ty), mask=inside)
-        tl.store(output_ptr + at + half, (second * cos + first * sin).to(output_ptr.dtype.element_ty), mask=inside)
+        at = head * 2 * half + columns[None, :]
+        source, target = x_ptr + row * x_stride + at, output_ptr + row * output_stride + at
+        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, (first * cos - second * sin).to(output_ptr.dtype.element_ty), mask=inside)
+        tl.store(target + half, (second * cos + first * sin).to(output_ptr.dtype.element_ty), mask=inside)
