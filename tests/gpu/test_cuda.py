@@ -24,6 +24,7 @@ from trainer.model.format import Format
 from trainer.model.int8 import Int8
 from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from trainer.model.kernels.rope import rotate
+from trainer.model.kernels.rows import copy_rows
 from trainer.model.layers import FusedRMSNorm
 from trainer.model.load import load_model, set_recompute
 from trainer.model.nf4 import FourBit, _dequantize_scales
@@ -353,6 +354,15 @@ def test_norm_kernels_equal_float64(shape: tuple[int, int], dtype: torch.dtype) 
     assert relative_error(rms_norm(x, weight, 1e-5), wanted) < bound
     assert relative_error(rms_norm_backward(grad, x, weight, 1e-5, residual), exact.grad + residual) < bound
     assert relative_error(rms_norm_weight_grad(grad, x, weight, 1e-5), exact_weight.grad) < 3 * bound
+
+
+@pytest.mark.parametrize("columns", [1, 4096, 11008])
+def test_rows_are_copied_and_nothing_beside_them(columns: int) -> None:
+    x = torch.randn(33, columns + 7, device=CUDA, dtype=torch.bfloat16)[:, 3:-4]
+    wide = torch.zeros(33, columns + 16, device=CUDA, dtype=torch.bfloat16)
+    copy_rows(x, wide[:, 5 : 5 + columns])
+    assert torch.equal(wide[:, 5 : 5 + columns], x)
+    assert not wide[:, :5].any() and not wide[:, 5 + columns :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -16,10 +16,12 @@ import torch
 from trainer.config import RecomputeLevel
 from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from trainer.model.kernels.rope import rotate
+from trainer.model.kernels.rows import copy_rows
 from trainer.model.kernels.swiglu import swiglu, swiglu_backward
 from trainer.model.linears import (
     Linear,
     LinearSpec,
+    beside,
     project,
     project_backward,
     total_out,
@@ -77,7 +79,7 @@ class QueryKeyValue(torch.autograd.Function):
         q, k, v = (own.unflatten(1, (-1, cos.shape[-1])) for own in wide[:, : sum(widths)].split(widths, 1))
         rotate(grads[0], cos, sin, inverse=True, out=q)
         rotate(grads[1], cos, sin, inverse=True, out=k)
-        v.copy_(grads[2])
+        copy_rows(grads[2].flatten(1), v.flatten(1))
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_normed, grad_tensors = project_backward(wide, normed, low_rank, linears, needs_grad)
         grad_x, grad_weight = _norm_backward(ctx, grad_normed, x, norm_weight, grads[3])
@@ -93,7 +95,7 @@ class AddProjection(torch.autograd.Function):
     ) -> torch.Tensor:
         """``x [rows, in]``, ``residual [rows, out]``, and the linear's tensors."""
         linears = unflatten([spec], tensors)
-        wide = _beside(x, linears)
+        wide = beside(x, linears)
         output = project(wide, linears, residual)
         ctx.save_for_backward(x, wide[:, x.shape[1] :].clone(), *tensors)
         ctx.spec = spec
@@ -103,7 +105,7 @@ class AddProjection(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
         x, low_rank, *tensors = ctx.saved_tensors
         linears = unflatten([ctx.spec], tensors)
-        wide = _beside(grads[0], linears)
+        wide = beside(grads[0], linears)
         grad_x, grad_tensors = project_backward(wide, x, low_rank, linears, ctx.needs_input_grad[0])
         return grad_x, grads[0], None, *grad_tensors
 
@@ -150,7 +152,7 @@ class FeedForward(torch.autograd.Function):
         gate, up = both.chunk(2, 1)
         if product is None:
             product = swiglu(gate, up)
-        grad_product, grads_down = project_backward(_beside(grads[0], [down]), product, low_rank_down, [down], True)
+        grad_product, grads_down = project_backward(beside(grads[0], [down]), product, low_rank_down, [down], True)
         assert grad_product is not None
         del product
         grad_both = widened(x, both.shape[1], inner)
@@ -178,13 +180,6 @@ class SwiGLU(torch.autograd.Function):
         flat = [x.view(-1, x.shape[-1]) for x in (grads[0].contiguous(), gate, up, grad_gate, grad_up)]
         swiglu_backward(*flat)
         return grad_gate, grad_up
-
-
-def _beside(x: torch.Tensor, linears: list[Linear]) -> torch.Tensor:
-    """`x` with room for the linears' rank-r products beside it."""
-    wide = widened(x, x.shape[1], linears)
-    wide[:, : x.shape[1]] = x
-    return wide
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, linears: list[Linear]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from trainer.model.format import Format
+from trainer.model.kernels.rows import copy_rows
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,13 @@ def total_out(linears: Sequence[Linear]) -> int:
 def widened(x: torch.Tensor, columns: int, linears: Sequence[Linear]) -> torch.Tensor:
     """Empty ``[rows of x, columns + total_rank]``, in the dtype of `x`."""
     return x.new_empty(len(x), columns + total_rank(linears))
+
+
+def beside(x: torch.Tensor, linears: Sequence[Linear]) -> torch.Tensor:
+    """``[rows, columns + total_rank]``: a copy of `x` with room for the linears' rank-r products beside it."""
+    wide = widened(x, x.shape[1], linears)
+    copy_rows(x, wide[:, : x.shape[1]])
+    return wide
 
 
 def project(wide: torch.Tensor, linears: Sequence[Linear], residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trainer.config import AdapterConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.linears import LinearSpec, project, project_backward, unflatten, widened
+from trainer.model.linears import LinearSpec, beside, project, project_backward, unflatten
 from trainer.model.quantized import QuantizedLinear
 
 ADAPTER = "default"  # PEFT's name of the only adapter
@@ -36,8 +36,7 @@ class LoraMatMul(torch.autograd.Function):
     ) -> torch.Tensor:
         """``x [..., in]`` in the dtype of the matmuls; tensors as of `trainer.model.linears.unflatten`."""
         linears, rows = unflatten([spec], tensors), x.reshape(-1, x.shape[-1])
-        wide = widened(rows, rows.shape[1], linears)
-        wide[:, : rows.shape[1]] = rows
+        wide = beside(rows, linears)
         output = project(wide, linears)
         if bias is not None:
             output += bias.to(x.dtype)
@@ -50,8 +49,7 @@ class LoraMatMul(torch.autograd.Function):
         x, low_rank, *tensors = ctx.saved_tensors
         linears, rows = unflatten([ctx.spec], tensors), x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        wide = widened(rows, grad.shape[1], linears)
-        wide[:, : grad.shape[1]] = grad
+        wide = beside(grad.to(x.dtype), linears)
         grad_x, grad_tensors = project_backward(wide, rows, low_rank, linears, ctx.needs_input_grad[0])
         return grad_x if grad_x is None else grad_x.view_as(x), None, None, *grad_tensors
 
