@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from trainer.model.kernels.float8 import write_float8
+
 CHUNK = 2**22  # weights quantised at a time: some 20 bytes are held for each
 SMALLEST_ABSMAX = 2.0**-126  # that is divided by, float32's smallest normal number: zeros become codes of zero
 
@@ -46,6 +48,17 @@ class Format(ABC):
         Args:
             out: is filled and returned; of that shape and dtype, its rows may lie apart.
         """
+
+    def to_float8(
+        self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
+    ) -> None:
+        """Writes the matrix as shares of its rows' largest magnitudes, see `trainer.model.kernels.float8`.
+
+        Args:
+            out: ``[out, in]`` in float8, or ``[in, out]`` where `transposed`; its rows may lie apart.
+            row_scales: float32 ``[out]``, written.
+        """
+        write_float8(self.dequantize(packed, scales, torch.bfloat16), out, row_scales, transposed)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -59,9 +60,11 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
 
     Attributes:
         recompute: what backward computes again; ``full`` is transformers' gradient checkpointing around the layer.
+        float8: multiply frozen weights in float8.
     """
 
     recompute: RecomputeLevel = "none"
+    float8 = False
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -108,12 +111,24 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        qkv = _flatten(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
-        output = _flatten(dtype, attention.o_proj)
-        mlp = _flatten(dtype, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+        qkv = self._flatten(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
+        output = self._flatten(dtype, attention.o_proj)
+        mlp = self._flatten(dtype, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
         if qkv is None or output is None or mlp is None:
             return None
         return Parts(dtype, qkv, (output[0][0], *output[1:]), mlp)
+
+    def _flatten(self, dtype: torch.dtype, *linears: nn.Module) -> tuple[Any, ...] | None:
+        specs: list[LinearSpec] = []
+        tensors: list[torch.Tensor] = []
+        for linear in linears:
+            flat = flat_linear(linear, dtype)
+            if flat is None:
+                return None
+            frozen = not any(tensor.requires_grad for tensor in flat[1][: flat[0].num_base])
+            specs.append(replace(flat[0], float8=self.float8 and frozen))
+            tensors += flat[1]
+        return tuple(specs), *tensors
 
 
 class Parts(NamedTuple):
@@ -123,18 +138,6 @@ class Parts(NamedTuple):
     qkv: tuple[Any, ...]
     output: tuple[Any, ...]
     mlp: tuple[Any, ...]
-
-
-def _flatten(dtype: torch.dtype, *linears: nn.Module) -> tuple[Any, ...] | None:
-    specs: list[LinearSpec] = []
-    tensors: list[torch.Tensor] = []
-    for linear in linears:
-        flat = flat_linear(linear, dtype)
-        if flat is None:
-            return None
-        specs.append(flat[0])
-        tensors += flat[1]
-    return tuple(specs), *tensors
 
 
 def fuse_layers(model: PreTrainedModel) -> None:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 
 from trainer.model.format import Format
+from trainer.model.kernels import float8
+from trainer.model.kernels.float8 import write_float8
 from trainer.model.kernels.rows import copy_rows
 
 
@@ -30,14 +32,20 @@ class LinearSpec:
     Attributes:
         format: of a quantised weight; None: the weight is a matrix.
         scaling: of the adapter's product; None: no adapter.
+        float8: multiply the frozen weight in float8, the adapter as ever.
     """
 
     format: Format | None
     scaling: float | None
+    float8: bool = False
+
+    @property
+    def num_base(self) -> int:
+        return 1 if self.format is None else 2
 
     @property
     def num_tensors(self) -> int:
-        return (1 if self.format is None else 2) + (0 if self.scaling is None else 2)
+        return self.num_base + (0 if self.scaling is None else 2)
 
 
 class Linear(NamedTuple):
@@ -72,6 +80,13 @@ class Linear(NamedTuple):
             out.copy_(self.base[0])
         else:
             self.spec.format.dequantize(self.base[0], self.base[1], out.dtype, out)
+
+    def write_float8(self, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool) -> None:
+        """See `Format.to_float8`."""
+        if self.spec.format is None:
+            write_float8(self.base[0], out, row_scales, transposed)
+        else:
+            self.spec.format.to_float8(self.base[0], self.base[1], out, row_scales, transposed)
 
     def scaled_a(self, dtype: torch.dtype) -> torch.Tensor:
         assert self.lora_a is not None and self.spec.scaling is not None
@@ -120,6 +135,9 @@ def project(wide: torch.Tensor, linears: Sequence[Linear], residual: torch.Tenso
     x, low_rank = wide[:, :num_inputs], wide[:, num_inputs:]
     if low_rank.shape[1]:
         torch.mm(x, _stacked_a(linears, x.dtype).t(), out=low_rank)
+    if linears[0].spec.float8:
+        return _project_float8(x, low_rank, linears, residual)
+    if low_rank.shape[1]:
         weights = _beside_b(linears, num_inputs, wide)
         return wide @ weights.t() if residual is None else torch.addmm(residual, wide, weights.t())
     if residual is not None:
@@ -155,12 +173,44 @@ def project_backward(
             found.append((grad.t() @ own).to(linear.lora_b.dtype))
     if not needs_grad_x:
         return None, found
+    if linears[0].spec.float8:
+        return _grad_x_float8(grads[:, : sum(outs)], low_rank_grads, x, linears), found
     if sum(ranks):
         return grads @ _above_a(linears, x), found
     grad_x = own_grads[0] @ linears[0].weight(x.dtype)
     for linear, grad in zip(linears[1:], own_grads[1:], strict=True):
         grad_x.addmm_(grad, linear.weight(x.dtype))
     return grad_x, found
+
+
+def _project_float8(
+    x: torch.Tensor, low_rank: torch.Tensor, linears: Sequence[Linear], residual: torch.Tensor | None
+) -> torch.Tensor:
+    """As `project`; the adapters' products are added in the dtype of `x`."""
+    outs, ranks = [linear.out_features for linear in linears], [linear.rank for linear in linears]
+    weights = torch.empty(sum(outs), x.shape[1], dtype=float8.DTYPE, device=x.device)
+    scales = torch.empty(sum(outs), dtype=torch.float32, device=x.device)
+    for linear, rows, own in zip(linears, weights.split(outs), scales.split(outs), strict=True):
+        linear.write_float8(rows, own, transposed=False)
+    outputs = float8.multiply(*float8.quantize_rows(x), weights, scales, x.dtype)
+    for linear, output, own in zip(linears, outputs.split(outs, 1), low_rank.split(ranks, 1), strict=True):
+        if linear.lora_b is not None:
+            output.addmm_(own, linear.lora_b.to(x.dtype).t())
+    return outputs if residual is None else outputs.add_(residual)
+
+
+def _grad_x_float8(
+    grads: torch.Tensor, low_rank_grads: torch.Tensor, x: torch.Tensor, linears: Sequence[Linear]
+) -> torch.Tensor:
+    """``grads @ W``: what W's rows are scaled by goes to the columns of `grads` before those are quantised."""
+    outs = [linear.out_features for linear in linears]
+    weights = torch.empty(x.shape[1], sum(outs), dtype=float8.DTYPE, device=x.device)
+    scales = torch.empty(sum(outs), dtype=torch.float32, device=x.device)
+    for linear, columns, own in zip(linears, weights.split(outs, 1), scales.split(outs), strict=True):
+        linear.write_float8(columns, own, transposed=True)
+    ones = torch.ones(x.shape[1], device=x.device)
+    grad_x = float8.multiply(*float8.quantize_rows(grads, scales), weights, ones, x.dtype)
+    return grad_x.addmm_(low_rank_grads, _stacked_a(linears, x.dtype)) if low_rank_grads.shape[1] else grad_x
 
 
 def _beside_b(linears: Sequence[Linear], num_inputs: int, like: torch.Tensor) -> torch.Tensor:

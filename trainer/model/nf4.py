@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from trainer.errors import UserError
 from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, as_bytes
-from trainer.model.kernels.dequantize import BLOCK_SIZE, can_dequantize, dequantize
+from trainer.model.kernels.dequantize import BLOCK_SIZE, FourBitWeights, can_dequantize, dequantize, to_float8
 
 SCALES_PER_GROUP = 256  # scales that share one second-level scale
 
@@ -88,17 +88,29 @@ class FourBit(Format):
         num_blocks = -(-num_weights // BLOCK_SIZE)
         if can_dequantize(packed):
             out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
-            if self.double_quant:
-                first, second = scales[-num_blocks:], scales[:-num_blocks].view(torch.float32)
-            else:
-                first, second = scales.view(torch.float32), None
-            dequantize(packed, first, second, _values(self.type, packed.device), dynamic_map(packed.device), out)
+            dequantize(self._on_cuda(packed, scales), out)
             return out
         block_scales = _dequantize_scales(scales, num_blocks) if self.double_quant else scales.view(torch.float32)
         # Blocks run on from row to row, but bitsandbytes 0.50's CPU kernel starts a new one at each: give it one row.
         rows = shape if shape[1] % BLOCK_SIZE == 0 else [num_weights]
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, block_scales, BLOCK_SIZE, self.type, rows, dtype)
         return weight.view(shape) if out is None else out.copy_(weight.view(shape))
+
+    def to_float8(
+        self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
+    ) -> None:
+        packed = packed.view(torch.uint8)
+        if can_dequantize(packed):
+            to_float8(self._on_cuda(packed, as_bytes(scales)), out, row_scales, transposed)
+        else:
+            super().to_float8(packed, scales, out, row_scales, transposed)
+
+    def _on_cuda(self, packed: torch.Tensor, scales: torch.Tensor) -> FourBitWeights:
+        values, num_blocks = _values(self.type, packed.device), packed.numel() * 2 // BLOCK_SIZE
+        if not self.double_quant:
+            return FourBitWeights(packed, scales.view(torch.float32), None, values, values)
+        codes, second = scales[-num_blocks:], scales[:-num_blocks].view(torch.float32)
+        return FourBitWeights(packed, codes, second, values, dynamic_map(packed.device))
 
 
 @lru_cache
