@@ -221,17 +221,17 @@ class Kept:
 
 
 def stop_and_go_on(processes: Processes, config: RunConfig, keep_whole: int) -> list[str]:
-    """Names of what differs between 12 steps and 6, a checkpoint and 6 more; and losses that do."""
+    """Names of what differs between 8 steps and 4, a checkpoint and 4 more; and losses that do."""
     straight = build_zero(processes, config, keep_whole)
-    wanted = train(straight, range(12), 2).losses
+    wanted = train(straight, range(8), 2).losses
     first = build_zero(processes, config, keep_whole)
-    losses = train(first, range(6), 2).losses
+    losses = train(first, range(4), 2).losses
     kept = whole_state(first)
     second = build_zero(processes, config, keep_whole)
     train(second, range(15, 17))  # weights and moments of its own, to be replaced
     second.restore(Kept(kept))
     wrong = [f"restored {name}" for name, tensor in whole_state(second).items() if not torch.equal(tensor, kept[name])]
-    losses += train(second, range(6, 12), 2).losses
+    losses += train(second, range(4, 8), 2).losses
     ended = whole_state(straight)
     wrong += [name for name, tensor in whole_state(second).items() if not torch.equal(tensor, ended[name])]
     return wrong + ["losses"] * (losses != wanted)
