@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-cache-")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+gc.disable()  # while tests are collected: imports make objects that stay, and no garbage
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from trainer.config import RunConfig
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never searched for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ PRELOADED = [
     "peft",
     "bitsandbytes.optim",
     "deepspeed",
+    "trainer.run",
 ]
 GRACE = 5.0  # seconds in which the other ranks may tell what they know of a failure
 BYTES_EACH = 700 * 2**20  # a process at work, at most
@@ -260,6 +261,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection, log: Path, o
             except BaseException:
                 answer = pickle.dumps((False, traceback.format_exc()))
             connection.send_bytes(answer)
+            _keep()
 
 
 def _settle(log: Path, on_gpus: bool = False) -> None:
@@ -272,7 +274,16 @@ def _settle(log: Path, on_gpus: bool = False) -> None:
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.freeze()  # DeepSpeed collects garbage again and again; a million imported objects are none
+    _keep()
+
+
+def _keep() -> None:
+    """What there is stays, and is no longer searched for garbage, as DeepSpeed does again and again.
+
+    That is a million imported objects, and those of every engine there was: autograd never lets go of their functions.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _end_with_parent() -> None:

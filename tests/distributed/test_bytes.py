@@ -98,7 +98,7 @@ def train_on_patterns(
     placed = Placed(scales)
     strategy = build(processes, config, placed, **options)
     wanted, fingerprint, wrong = set(placed.pristine.calls), placed.fingerprint.text(), []
-    batch = collate(make_packs(3, seed=processes.rank))
+    batch = collate(make_packs(1, seed=processes.rank))
 
     def look(stage: str) -> None:
         strategy.module.train()
@@ -205,7 +205,7 @@ def train_compiled(processes: Processes, config: RunConfig) -> tuple[float, floa
     plain = strategy.forward_backward([batch], 10).item()
     strategy.discard_gradients()
     for name, module in strategy.module.named_modules():
-        if name.endswith(".mlp"):
+        if name.endswith("layers.0.mlp"):
             module.compile(backend="aot_eager")
     compiled = strategy.forward_backward([batch], 10).item()
     strategy.discard_gradients()

@@ -24,7 +24,7 @@ from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import UserError
 from trainer.processes import Processes
 
-STEPS = 8
+STEPS = 5  # two epochs of `PACKS`, and every `learning_rate`
 PACKS = make_packs(30)
 NF4 = {"quantization": {"type": "nf4", "double_quant": True}}
 METHODS: dict[str, tuple[dict[str, Any], float]] = {

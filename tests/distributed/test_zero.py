@@ -221,17 +221,17 @@ class Kept:
 
 
 def stop_and_go_on(processes: Processes, config: RunConfig, keep_whole: int) -> list[str]:
-    """Names of what differs between 12 steps and 6, a checkpoint and 6 more; and losses that do."""
+    """Names of what differs between 8 steps and 4, a checkpoint and 4 more; and losses that do."""
     straight = build_zero(processes, config, keep_whole)
-    wanted = train(straight, range(12), 2).losses
+    wanted = train(straight, range(8), 2).losses
     first = build_zero(processes, config, keep_whole)
-    losses = train(first, range(6), 2).losses
+    losses = train(first, range(4), 2).losses
     kept = whole_state(first)
     second = build_zero(processes, config, keep_whole)
     train(second, range(15, 17))  # weights and moments of its own, to be replaced
     second.restore(Kept(kept))
     wrong = [f"restored {name}" for name, tensor in whole_state(second).items() if not torch.equal(tensor, kept[name])]
-    losses += train(second, range(6, 12), 2).losses
+    losses += train(second, range(4, 8), 2).losses
     ended = whole_state(straight)
     wrong += [name for name, tensor in whole_state(second).items() if not torch.equal(tensor, ended[name])]
     return wrong + ["losses"] * (losses != wanted)
@@ -253,13 +253,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     assert pool(world_size).run(stop_and_go_on, config, keep_whole) == [[]] * world_size
 
 
-def save_after(processes: Processes, config: RunConfig, folder: Path, steps: int) -> StateDict:
+def save_after(processes: Processes, config: RunConfig, folder: Path, steps: int) -> tuple[StateDict, StateDict]:
+    """State as saved, and after one more step."""
     strategy = build_zero(processes, config) if config.strategy.kind.startswith("zero") else build(processes, config)
     train_steps(strategy, sampler(), PACKS, 2, range(steps))
     checkpoints = CheckpointManager(RunDir(folder), config.checkpoint, {}, processes, lambda step, saved: None)
     checkpoints.save(steps, strategy.state_dict(), {}, False)
     checkpoints.close()
-    return whole_state(strategy)
+    saved = whole_state(strategy)
+    train_steps(strategy, sampler(), PACKS, 2, range(steps, steps + 1))
+    return saved, whole_state(strategy)
 
 
 def resume_and_train(processes: Processes, config: RunConfig, folder: Path, steps: int) -> tuple[StateDict, StateDict]:
@@ -293,8 +296,7 @@ def test_going_on_with_another_number_of_processes(
 ) -> None:
     sections = METHODS[method][0]
     writer, reader = (toy_recipe(**sections, strategy={"kind": kind}) for kind in (before, after))
-    saved = pool(world_size).run(save_after, writer, tmp_path, 3)[0]
-    further = pool(world_size).run(save_after, writer, tmp_path / "further", 4)[0]
+    saved, further = pool(world_size).run(save_after, writer, tmp_path, 3)[0]
     for other in (3, 1):
         restored, trained = pool(other).run(resume_and_train, reader, tmp_path, 3)[0]
         assert set(restored) == set(saved)

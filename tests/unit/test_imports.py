@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,17 +28,22 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> Iterator[str]:
+MODULES = {module_name(path) for path in FILES}
+
+
+@cache
+def imports(path: Path) -> set[str]:
     """Modules that a file imports anywhere, inside functions too; ``from a import b`` is a.b where b is a module."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
             base = node.module or ""
-            submodules = [f"{base}.{alias.name}" for alias in node.names]
-            known = {module_name(file) for file in FILES}
-            yield from {name if name in known else base for name in submodules}
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else base for name in submodules}
+    return found
 
 
 def own_imports() -> dict[str, set[str]]:

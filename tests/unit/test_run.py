@@ -290,7 +290,7 @@ def test_a_best_checkpoint_that_is_lost_gives_way_to_the_best_of_what_comes(toy_
 
 
 def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(toy_recipe, toy_recipe_file, tmp_path):
-    sections = {"adapter": LORA, "train": {"max_steps": 400, "epochs": 400}}
+    sections = {"adapter": LORA, "train": {"max_steps": 150, "epochs": 150}}
     run = RunDir(tmp_path / "run")
     worker = start_worker(toy_recipe_file(**sections), run.path)
     wait_for_step(run, 3, worker)
@@ -298,11 +298,11 @@ def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(toy_recipe, toy_r
     _, errors = worker.communicate(timeout=60)
     assert worker.returncode == 75, errors
     state = run.read_state()
-    assert state["state"] == "preempted" and run.steps() == [state["step"]] and state["step"] < 400
+    assert state["state"] == "preempted" and run.steps() == [state["step"]] and state["step"] < 150
     changed = toy_recipe(**sections)
     train(changed, run.path)
     assert run.read_state()["state"] == "done"
-    assert [r["step"] for r in records(run, "step")] == list(range(1, 401))
+    assert [r["step"] for r in records(run, "step")] == list(range(1, 151))
 
 
 def test_a_diverging_run_stops_at_its_last_good_checkpoint(toy_recipe, tmp_path):

@@ -248,7 +248,8 @@ class TestTellsWhatIsWrong:
     ) -> None:
         monkeypatch.setenv("FAKE_VLLM", mode)
         started = time.monotonic()
-        assert cli.main(["serve", str(run.path), "--port", str(port), "--wait", "1"]) == status
+        wait = "1" if mode == "never healthy" else str(WAIT)
+        assert cli.main(["serve", str(run.path), "--port", str(port), "--wait", wait]) == status
         err = capfd.readouterr().err
         assert all(text in err for text in said), err
         assert "serving" not in err and vllm.is_gone() and time.monotonic() - started < WAIT

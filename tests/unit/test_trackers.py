@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_tensorboard_shows_one_curve_after_a_resume(run_dir: RunDir) -> None:
     with Trackers(config_with("tensorboard"), run_dir) as trackers:
         for number in range(1, 6):
             trackers.log({"train/loss": 10.0 + number, "train/mfu": None}, number)
+    time.sleep(1.0)  # TensorBoard reads files by the second of their names; no start comes in that of another
     with Trackers(config_with("tensorboard"), run_dir, resumed_step=3) as trackers:
         for number in (4, 5, 6):
             trackers.log({"train/loss": 20.0 + number}, number)

@@ -219,13 +219,13 @@ class ArrowRows(Sequence[TokenizedRow]):
 
 
 class _Batch:
-    """A chunk of rows as numpy views of the mapped file."""
+    """A chunk of rows as numpy views of the mapped file (by dlpack: `to_numpy` imports pandas, half a second)."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         input_ids, labels, source, row, self.truncated = batch.columns
-        self.offsets = input_ids.offsets.to_numpy()
-        self.input_ids, self.labels = input_ids.values.to_numpy(), labels.values.to_numpy()
-        self.source, self.row = source.to_numpy(), row.to_numpy()
+        self.offsets = np.from_dlpack(input_ids.offsets)
+        self.input_ids, self.labels = np.from_dlpack(input_ids.values), np.from_dlpack(labels.values)
+        self.source, self.row = np.from_dlpack(source), np.from_dlpack(row)
 
     def document(self, i: int) -> tuple[list[int], list[int]]:
         cut = slice(self.offsets[i], self.offsets[i + 1])
@@ -242,7 +242,8 @@ class ArrowPacks:
     def __init__(self, folder: Path, source_names: Sequence[str]) -> None:
         self.rows = ArrowRows(folder, source_names)
         packs = pa.ipc.open_file(pa.memory_map(str(folder / "packs.arrow"))).get_batch(0).column(0)
-        self._offsets, self._indices = packs.offsets.to_numpy(), packs.values.to_numpy()
+        self._offsets: np.ndarray = np.from_dlpack(packs.offsets)
+        self._indices: np.ndarray = np.from_dlpack(packs.values)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
