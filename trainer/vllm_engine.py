@@ -189,7 +189,10 @@ def _gpu_settings(servable: Servable) -> dict[str, Any]:
 def main(job_file: str, reply_file: str) -> None:
     """Does the job in `job_file`; the reply appears in `reply_file`."""
     job = parse_job(json.loads(Path(job_file).read_text(encoding="utf-8")))
-    Path(reply_file).write_text(json.dumps(asdict(run_job(job))), encoding="utf-8")
+    served = run_job(job)
+    whole = Path(f"{reply_file}.tmp")
+    whole.write_text(json.dumps(asdict(served)), encoding="utf-8")
+    whole.replace(reply_file)
 
 
 if __name__ == "__main__":  # vLLM's own processes import this file again

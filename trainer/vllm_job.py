@@ -94,7 +94,7 @@ def serve_in_child(job: Job) -> Served:
         command = [sys.executable, "-P", "-m", "trainer.vllm_engine", str(asked), str(replied)]
         with log.open("w") as out:
             status = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=out).returncode
-        if status != 0:
+        if not replied.exists():  # written whole, last of all; vLLM 0.25 may abort while it ends after that
             said = log.read_text(errors="replace").strip()[-SHOWN_OF_LOG:]
             raise PacktrainError(f"vLLM failed on {job.servable.model} (exit status {status}):\n{said}")
         return _parse_served(json.loads(replied.read_text(encoding="utf-8")))
