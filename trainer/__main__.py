@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer.checkpoint.layout import RunDir
 from trainer.errors import EXIT_DONE, EXIT_TO_BE_RESUMED, PacktrainError, explain_os_error
+from trainer.importing import importing
 from trainer.launcher_settings import adopt_launcher
 from trainer.launchers import World, host_name, read_world
 from trainer.recipe import load_recipe, split_overrides
@@ -48,7 +49,8 @@ def _train() -> int:
         arguments = parser.parse_args(tokens)
         config = adopt_launcher(load_recipe(arguments.recipe, overrides), os.environ, world)
         run_dir = arguments.run_dir or Path("runs") / arguments.recipe.stem
-        from trainer.run import train
+        with importing():
+            from trainer.run import train
 
         train(config, run_dir, world, arguments.data_fingerprint)
     except (PacktrainError, OSError) as failure:

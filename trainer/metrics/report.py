@@ -9,15 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, hash_file, read_manifest, write_atomically
 from trainer.errors import PacktrainError
 from trainer.metrics import page
-from trainer.metrics.curves import Points, draw_curve
 from trainer.metrics.trackers import Record, read_metrics
+
+if TYPE_CHECKING:
+    from trainer.metrics.curves import Points
 
 STATE_CLASS = {"done": "good", "failed": "bad", "preempted": "warn", "cancelled": "warn", "running": "busy"}
 
@@ -228,6 +230,8 @@ def _recipe(run_dir: RunDir) -> str:
 
 def _curves(records: Records) -> str:
     """The pictures; a quantity that was never measured gets none."""
+    from trainer.metrics.curves import draw_curve  # matplotlib, which a run should not wait for before its first step
+
     restarts = [record["step"] for record in records.events if record.get("event") == "resume"]
     losses, validation = _series(records.steps, "loss"), _series(records.evals, "loss")
     figures = []
