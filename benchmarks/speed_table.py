@@ -74,15 +74,9 @@ def derive(cells: dict[str, Cell]) -> Cell:
     ours = cells.get(PACKTRAIN, {}).get("tokens_per_second")
     rows = [_row(cell, ceiling, peak, ours, machine) for cell in cells.values()]
     rows.sort(key=lambda row: (row["contender"] != PACKTRAIN, -(row.get("tokens_per_second") or 0)))
-    named = {name: first[name] for name in ("shape", "device", "setting", "rows", "pack_length")}
-    whose = "measured" if "matmul_flops" in machine else "assumed"
-    return {
-        **named,
-        "device_name": machine.get("device_name"),
-        "ceiling_flops": ceiling,
-        "ceiling": whose,
-        "contenders": rows,
-    }
+    group = {name: first[name] for name in ("shape", "device", "setting", "rows", "pack_length")}
+    group |= {"device_name": machine.get("device_name"), "ceiling_flops": ceiling, "contenders": rows}
+    return {**group, "ceiling": "measured in the same run" if "matmul_flops" in machine else "an H200's"}
 
 
 def _row(cell: Cell, ceiling: float | None, peak: float | None, ours: float | None, machine: Cell) -> Cell:
@@ -96,8 +90,9 @@ def _row(cell: Cell, ceiling: float | None, peak: float | None, ours: float | No
     row |= {"mfu": peak and rate * flops / peak}
     if cell["contender"] != PACKTRAIN:
         extra = _extra_attention(cell, machine)
+        is_known = extra is not None and extra < cell["step_seconds"]
         row["attention_s"] = extra
-        row["without_mask"] = None if extra is None else cell["step_tokens"] / (cell["step_seconds"] - extra)
+        row["without_mask"] = cell["step_tokens"] / (cell["step_seconds"] - extra) if is_known else None
         row["ratio"] = ours and ours / rate
         row["ratio_without_mask"] = ours and row["without_mask"] and ours / row["without_mask"]
     budget = SETTINGS[cell["setting"]].budget_gib

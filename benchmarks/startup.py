@@ -49,10 +49,12 @@ def main() -> None:
         write_recipe(Path(folder))
         watch(Path(folder), overrides, {})  # fills the data cache and the page cache
         timed = [watch(Path(folder), overrides, {})[0] for _ in range(options.times)]
+        alone = statistics.median(time_imports() for _ in range(options.times))
         _, profiled = watch(Path(folder), overrides, {"PYTHONPROFILEIMPORTTIME": "1"})
     print(f"| phase | seconds (median of {options.times}) |\n|---|---|")
     for phase in (*PHASES, "all", OF_PROCESSOR):
         print(f"| {phase} | {statistics.median(of[phase] for of in timed):.2f} |")
+    print(f"| of which importing trainer.run | {alone:.2f} |")
     print("\n| imports of | modules | milliseconds |\n|---|---|---|")
     for package, milliseconds, modules in count_imports(profiled):
         print(f"| {package} | {modules} | {milliseconds:.0f} |")
@@ -113,6 +115,14 @@ def watch(folder: Path, overrides: list[str], environment: dict[str, str]) -> tu
         sys.exit("".join(lines[-6:]) + f"no line of the phase {waited[0]!r} came")
     seconds |= {"all": last - started, OF_PROCESSOR: sum(map(int, used)) / os.sysconf("SC_CLK_TCK")}
     return seconds, lines
+
+
+def time_imports() -> float:
+    """Seconds that the libraries take in a process that does nothing else, as a run imports them."""
+    code = "from trainer.importing import importing\nwith importing(): import trainer.run"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    return time.perf_counter() - started
 
 
 def count_imports(lines: list[str]) -> list[tuple[str, float, int]]:
