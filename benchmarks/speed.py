@@ -75,7 +75,7 @@ def main() -> None:
 
 def run_cells(options: argparse.Namespace, overrides: list[str]) -> None:
     """Adds a line to the results for each cell."""
-    options.work = options.work or Path(tempfile.gettempdir(), f"packtrain-speed-{options.shape}")
+    options.work = (options.work or Path(tempfile.gettempdir(), "packtrain-speed")).resolve() / options.shape
     shape, num_steps = shape_of(options.shape), options.warm_up + options.steps + SPARE_STEPS
     documents = draw_documents(shape, num_steps * options.rows * options.pack_length, options.pack_length)
     write_inputs(options.work, shape, documents)
@@ -253,7 +253,7 @@ def run_process(
                 process.wait()
     text = log.read_text(errors="replace")
     cell: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1)}
-    return (cell | {"error": why, "output": text.strip().splitlines()[-6:]} if why else cell), text
+    return (cell | {"error": why, "output": text.strip().splitlines()[-12:]} if why else cell), text
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def describe(arguments: SFTConfig, job: dict[str, Any]) -> str:
     kernels = "Liger" if arguments.use_liger_kernel else "no Liger"
     recompute = "gradient checkpointing" if arguments.gradient_checkpointing else "no gradient checkpointing"
     batch = f"{arguments.per_device_train_batch_size} x {arguments.gradient_accumulation_steps} packs"
-    return f"bfd packing, sdpa, {kernels}, {recompute}, {batch}, {arguments.optim.value}, bf16 autocast"
+    weights = f"{job['weights']} weights, " if job["method"] == "full" else ""
+    return f"bfd packing, sdpa, {kernels}, {recompute}, {batch}, {arguments.optim.value}, {weights}bf16 autocast"
 
 
 if __name__ == "__main__":
