@@ -87,6 +87,7 @@ def watch(folder: Path, overrides: list[str], environment: dict[str, str]) -> tu
     run_dir = tempfile.mkdtemp(dir=folder, prefix="run-")
     command = [
         sys.executable,
+        "-P",
         "-m",
         "launch.cli",
         "train",
