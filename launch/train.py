@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from trainer.config import RunConfig
 from trainer.errors import UserError
+from trainer.importing import importing
 from trainer.launcher_settings import adopt_launcher
 from trainer.launchers import count_gpus, read_world
 from trainer.recipe import load_recipe
@@ -49,7 +50,8 @@ def train(
     if num_processes > 1:
         _run_several(recipe, run_dir, overrides or {}, num_processes)
         return
-    from trainer.run import train as run  # imports torch, which a wrong recipe need not wait for
+    with importing():
+        from trainer.run import train as run  # imports torch, which a wrong recipe need not wait for
 
     run(config, run_dir)
 

@@ -6,7 +6,6 @@ torchrun, accelerate launch, srun and `packtrain train` each start it once a pro
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from trainer.checkpoint.layout import RunDir
 from trainer.errors import EXIT_DONE, EXIT_TO_BE_RESUMED, PacktrainError, explain_os_error
+from trainer.importing import importing
 from trainer.launcher_settings import adopt_launcher
 from trainer.launchers import World, host_name, read_world
 from trainer.recipe import load_recipe, split_overrides
@@ -49,11 +49,8 @@ def _train() -> int:
         arguments = parser.parse_args(tokens)
         config = adopt_launcher(load_recipe(arguments.recipe, overrides), os.environ, world)
         run_dir = arguments.run_dir or Path("runs") / arguments.recipe.stem
-        gc.disable()  # imports make a million objects that stay: looking for garbage takes a fifth of their time
-        from trainer.run import train
-
-        gc.freeze()
-        gc.enable()
+        with importing():
+            from trainer.run import train
         train(config, run_dir, world, arguments.data_fingerprint)
     except (PacktrainError, OSError) as failure:
         error = explain_os_error(failure) if isinstance(failure, OSError) else failure

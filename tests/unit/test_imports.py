@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
 from functools import cache
@@ -10,10 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from trainer.data.cache import RowWriter, write_packs
+from trainer.data.packing import keep_apart
+from trainer.data.types import TokenizedRow
+from trainer.importing import importing
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["launch", "slurm", "trainer"]
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed", "vllm", "wandb"]
+NOT_BEFORE_THE_FIRST_STEP = ["matplotlib", "pandas", "datasets", "deepspeed"]
 ROOMS = {"data", "model", "strategies", "checkpoint", "metrics", "watch"}
 SHARED_BY_ROOMS = {"trainer.data.types", "trainer.checkpoint.layout"}  # types and paths
 ONLY_IN = {
@@ -112,3 +119,29 @@ def test_light_modules_load_no_torch() -> None:
     code = f"import sys, {', '.join(light)}\nprint([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "[]\n", result.stdout + result.stderr
+
+
+def test_a_run_waits_for_no_library_that_its_first_step_does_not_need(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    with RowWriter(folder) as writer:
+        writer.write([TokenizedRow("chats", 0, [1, 5, 2], [-100, 5, 2], False)], 0)
+    write_packs(folder, keep_apart(1))
+    code = f"""
+import sys
+import trainer.run
+from pathlib import Path
+from trainer.data.cache import ArrowPacks
+print(ArrowPacks(Path({str(folder)!r}), ["chats"])[0])
+print([name for name in {NOT_BEFORE_THE_FIRST_STEP} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "[([1, 5, 2], [-100, 5, 2])]\n[]\n", result.stdout + result.stderr
+
+
+def test_garbage_is_collected_again_after_imports() -> None:
+    try:
+        with pytest.raises(ModuleNotFoundError), importing():
+            import no_such_library  # noqa: F401
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

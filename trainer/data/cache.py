@@ -223,9 +223,9 @@ class _Batch:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         input_ids, labels, source, row, self.truncated = batch.columns
-        self.offsets = np.from_dlpack(input_ids.offsets)
-        self.input_ids, self.labels = np.from_dlpack(input_ids.values), np.from_dlpack(labels.values)
-        self.source, self.row = np.from_dlpack(source), np.from_dlpack(row)
+        self.offsets = _view(input_ids.offsets)
+        self.input_ids, self.labels = _view(input_ids.values), _view(labels.values)
+        self.source, self.row = _view(source), _view(row)
 
     def document(self, i: int) -> tuple[list[int], list[int]]:
         cut = slice(self.offsets[i], self.offsets[i + 1])
@@ -242,8 +242,7 @@ class ArrowPacks:
     def __init__(self, folder: Path, source_names: Sequence[str]) -> None:
         self.rows = ArrowRows(folder, source_names)
         packs = pa.ipc.open_file(pa.memory_map(str(folder / "packs.arrow"))).get_batch(0).column(0)
-        self._offsets: np.ndarray = np.from_dlpack(packs.offsets)
-        self._indices: np.ndarray = np.from_dlpack(packs.values)
+        self._offsets, self._indices = _view(packs.offsets), _view(packs.values)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -284,3 +283,8 @@ def fingerprint(folders: Sequence[Path]) -> str:
 
 def _concatenate(lists: Sequence[list[int]]) -> pa.Array:
     return pa.array(np.concatenate([np.asarray(values, np.int32) for values in lists]))
+
+
+def _view(array: pa.Array) -> np.ndarray:
+    """The numbers where they lie. Arrow's own `to_numpy` would import pandas first, to no end."""
+    return np.from_dlpack(array)
