@@ -159,5 +159,10 @@ class ThroughputMeter:
         finally:
             self._since += self._clock() - start
 
+    @property
+    def peak_memory(self) -> int:
+        """Most bytes allocated on the device so far; 0 on other than CUDA."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+
     def _memory_gib(self) -> float | None:
-        return torch.cuda.max_memory_allocated(self._device) / GIB if self._device.type == "cuda" else None
+        return self.peak_memory / GIB if self._device.type == "cuda" else None
