@@ -20,10 +20,10 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.launchers import World
 from trainer.model.build import BuiltModel, Destination, build_model
+from trainer.model.folder import resolve_folder
 from trainer.model.host import Host
 from trainer.model.prepare import Preparation, TrailingHash
 from trainer.model.source import FLOATS, StoredTensor, deal, list_tensors
-from trainer.model.weights import resolve_folder
 from trainer.processes import Processes
 from trainer.storage import allocate, put
 

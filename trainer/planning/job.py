@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from trainer.config import RunConfig
+from trainer.planning import calibration
 from trainer.planning.hardware import Gpu
 from trainer.planning.levels import LayerLevels
 from trainer.planning.shape import LINEARS, ModelShape
@@ -35,6 +36,8 @@ class Job:
     Attributes:
         fused: layers have every level and keep little (`trainer.model.recompute.has_fused_layers`); None: as their
             kind of training implies.
+        trained_share: of the tokens that are in the loss.
+        attended: positions that a token attends to, mean over tokens.
     """
 
     config: RunConfig
@@ -43,6 +46,8 @@ class Job:
     num_gpus: int = 1
     gpus_per_host: int = 8
     fused: bool | None = None
+    trained_share: float = calibration.TRAINED_SHARE
+    attended: float = calibration.ATTENDED
 
     def has_fused_layers(self, kind: Kind) -> bool:
         """Whether decoder layers are ours: adapters without dropout or DoRA, on weights that engines leave in place."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trainer.config import RecomputeLevel
 from trainer.planning import calibration
 from trainer.planning.job import SIZES, Job, Kind, Setting
+from trainer.planning.shape import LINEARS
 
 LOGITS_PER_CHUNK = 2**26  # of `trainer.loss`, whose import would take torch's time; a test holds them equal
 LOGIT_BYTES = 8  # of a chunk's logits: float32, and in 16 bit with their gradient
@@ -77,40 +78,54 @@ def _moments(job: Job, setting: Setting, tokens: int, gradients: float) -> Itera
 
 
 def saved_bytes(job: Job, kind: Kind, level: RecomputeLevel) -> float:
-    """Bytes that autograd keeps of a decoder layer (the mean of all) for one token, its input among them.
-
-    Both norms' inputs and outputs are 4 hidden sizes; queries and the attention's output 2 query widths; gate, up and
-    their product 3 intermediate sizes. Float32 beside these: a scale for each norm, a log-sum-exp for each head.
-    """
-    shape, size, fused = job.shape, job.compute_size, job.has_fused_layers(kind)
-    hidden, wide, query = shape.hidden, shape.intermediate, shape.query
+    """Bytes that autograd keeps of a decoder layer (the mean of all) for one token, its input among them."""
     if level == "full":
-        return hidden * size
-    key_value = shape.mean_key_value if fused else query  # transformers' attention takes as many keys as queries
-    attention = 2 * query + 2 * key_value
-    if fused:
-        norms, mlp = {"none": (4, 3), "norms": (2, 2), "mlp": (2, 0)}[level]
+        return job.shape.hidden * job.compute_size
+    float32 = (job.shape.heads + 2) * SIZES["float32"]  # attention's log-sum-exp, and the scales of two norms
+    return float32 + (_fused_bytes(job, level) if job.has_fused_layers(kind) else _unfused_bytes(job, level))
+
+
+def _fused_bytes(job: Job, level: RecomputeLevel) -> float:
+    """Of our own layer: inputs and outputs of both norms, queries, keys, values and attention's output, gate, up and
+    their product, and a low-rank product for each linear.
+    """
+    shape = job.shape
+    norms, wide = {"none": (4, 3), "norms": (2, 2), "mlp": (2, 0)}[level]
+    attention = 2 * shape.query + 2 * shape.mean_key_value
+    rank = len(job.adapted) * job.config.adapter.r if job.config.adapter else 0
+    return (norms * shape.hidden + attention + wide * shape.intermediate + rank) * job.compute_size
+
+
+def _unfused_bytes(job: Job, level: RecomputeLevel) -> float:
+    """Of transformers' layer: inputs of both norms, attention's four (keys and values repeated for every query), gate
+    and up, and the input of each linear that is trained or adapted. `mlp` checkpoints the MLP, `norms` is `none`.
+    """
+    shape, adapter = job.shape, job.config.adapter
+    names = set(job.adapted if adapter else LINEARS)
+    elements: float = 2 * shape.hidden + 4 * shape.query
+    if level == "mlp":
+        names -= {"gate_proj", "up_proj", "down_proj"}
+        elements += shape.hidden
     else:
-        norms, mlp = {"none": (4, 3), "norms": (4, 3), "mlp": (4, 0)}[level]
-    elements = norms * hidden + attention + mlp * wide
-    return elements * size + (shape.heads + 2) * 4 + _adapter_bytes(job, level, fused)
+        elements += 2 * shape.intermediate
+    linears = {name: shape.linears(shape.mean_key_value)[name] for name in names}
+    masks = 0.0
+    if adapter and adapter.dropout:  # each linear's own copy, dropped out, and a mask in bytes
+        inputs = [rows for rows, _ in linears.values()]
+        elements, masks = elements + sum(inputs), sum(inputs)
+    else:  # attention's output is counted
+        elements += sum(rows for name, rows in _distinct_inputs(linears).items() if name != "attention")
+    if adapter:
+        elements += adapter.r * len(names)
+    if adapter and adapter.dora:  # what base and adapter give is scaled apart
+        elements += 2 * sum(columns for _, columns in linears.values())
+    return elements * job.compute_size + masks
 
 
-def _adapter_bytes(job: Job, level: RecomputeLevel, fused: bool) -> float:
-    """The low-rank products of a layer's linears, and what dropout and DoRA keep beside them, by PEFT's own forward."""
-    adapter = job.config.adapter
-    if adapter is None:
-        return 0.0
-    linears = job.shape.linears(job.shape.mean_key_value)
-    names = [name for name in job.adapted if level != "mlp" or name[0] in "qkvo"]
-    low_rank = len(names) * adapter.r * job.compute_size
-    plain = not adapter.dropout and not adapter.dora
-    if plain:
-        return low_rank
-    kept = sum(
-        linears[name][0] * (SIZES["float32"] + bool(adapter.dropout)) for name in names
-    )  # dropped out, and a mask
-    return low_rank + kept + adapter.dora * sum(3 * linears[name][1] * job.compute_size for name in names)
+def _distinct_inputs(linears: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Widths of what `linears` read, by where it comes from: several read the same."""
+    sources = {"q_proj": "norm", "k_proj": "norm", "v_proj": "norm", "o_proj": "attention", "down_proj": "product"}
+    return {sources.get(name, "second norm"): rows for name, (rows, _) in linears.items()}
 
 
 def _weights(job: Job, kind: Kind) -> float:
@@ -163,6 +178,8 @@ def _in_layer(job: Job, tokens: int) -> float:
     gradients = max(3 * shape.intermediate, 4 * shape.query) + 2 * shape.hidden
     weight = shape.hidden * shape.intermediate
     held = weight * (size + (0 if job.config.adapter else SIZES["float32"]))  # a trained one's gradient twice
+    if job.config.adapter and job.config.adapter.dora:
+        held += shape.intermediate**2 * size  # PEFT multiplies the low-rank matrices by way of an identity
     return gradients * size * tokens + held
 
 

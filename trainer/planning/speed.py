@@ -69,7 +69,7 @@ def predict_step(job: Job, setting: Setting) -> StepTime:
     layer = _layer(job, kind, tokens)
     fused = job.has_fused_layers(kind)
     again = sum(count * _again(job, layer, level, fused) for level, count in setting.levels.counts.items())
-    head = (6 if config.adapter is None else 4) * shape.vocab * shape.hidden * calibration.TRAINED_SHARE * tokens
+    head = (6 if config.adapter is None else 4) * shape.vocab * shape.hidden * job.trained_share * tokens
     matmuls = shape.num_layers * layer.matmuls + head / _flops(job)
     traffic = shape.num_layers * layer.traffic
     dequantize = 2 * shape.num_layers * layer.dequantize
@@ -101,7 +101,7 @@ def _bandwidth(job: Job) -> float:
 def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
     shape, fused = job.shape, job.has_fused_layers(kind)
     weights = shape.layer_weights
-    attended = min(calibration.ATTENDED, job.config.data.pack_length / 2)
+    attended = min(job.attended, job.config.data.pack_length / 2)
     attention = 3 * 4 * shape.query * attended
     per_token = (6 if job.config.adapter is None else 4) * weights + 6 * job.layer_adapter_weights + attention
     kept = saved_bytes(job, kind, "none")
