@@ -155,7 +155,7 @@ class StrategyConfig(Part):
     """How the step is spread over processes."""
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
-        "auto", description="auto: single, ddp where a GPU holds the whole state, else fsdp2"
+        "auto", description="auto: single; of several processes ddp or fsdp2, as the planner finds faster"
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="keep moments, or weights too (fsdp2, zero3), in host memory"

@@ -383,3 +383,17 @@ def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_input(words: list[str], said: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--gpu-memory", "80", *words]) == EXIT_USER_ERROR
     assert said in capsys.readouterr().err
+
+
+def test_tokens_and_time_once_the_data_are_prepared(
+    toy_recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy_recipe_file(train={"max_steps": None, "epochs": 2}, data={"pack_length": 120})  # of no other test
+    command = ["plan", str(recipe), "--gpu", "A100", "--json"]
+    assert main(command) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main(["preprocess", str(recipe), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]["splits"]["train"]
+    assert main(command) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert (before["tokens"], after["tokens"]) == (None, 2 * summary["tokens"])
