@@ -163,6 +163,7 @@ class TrainLoop:
         # Among several processes the others may wait for this one in a collective, and nobody can call them back.
         text = self.sizes.back_off(self.meter.peak_memory) if self.processes.world_size == 1 else None
         if text is None:
+            self.sizes.note_failure(self.checkpoints.run_dir, self.processes.world_size)
             raise failure
         self.strategy.discard_gradients()
         self.recorder.event(self.state.step, "out_of_memory", text)
@@ -199,8 +200,7 @@ class TrainLoop:
         progress = {
             "loop": asdict(self.state),
             "schedule": self.schedule.state_dict(),
-            "micro_batch": self.sizes.setting.micro_batch,
-            "recompute": self.sizes.setting.levels.counts,
+            **self.sizes.setting.saved,
         }
         if not self.checkpoints.save(self.state.step, self.strategy.state_dict(), progress, is_best):
             return

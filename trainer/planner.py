@@ -78,10 +78,12 @@ def open_kinds(job: Job, host_memory: float | None = None) -> tuple[Kind, ...]:
     strategy = job.config.strategy
     if strategy.kind != "auto":
         return (strategy.kind,)
-    if strategy.offload == "all" or strategy.shard_size or not strategy.reshard:
+    if strategy.offload == "all" or strategy.shard_size:
         return ("fsdp2",)
     if job.num_gpus == 1:
         return ("single",)
+    if not strategy.reshard:
+        return ("fsdp2",)
     copies = predict_host(job, "ddp").checkpoint
     return ("fsdp2",) if host_memory is not None and copies > HOST_SHARE * host_memory else ("ddp", "fsdp2")
 

@@ -24,6 +24,7 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.masking import load_template
 from trainer.data.prepare import Splits, load_splits, log_report
+from trainer.data.recall import DataFacts
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import Preempted, UserError
 from trainer.export.result import export_result, finish_adapter, finish_full
@@ -42,9 +43,7 @@ from trainer.model.quantized import fingerprint
 from trainer.model.recompute import set_recompute
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
-from trainer.planner import plan, price
-from trainer.planning.job import Job, Setting
-from trainer.planning.levels import LayerLevels
+from trainer.planning.job import Job
 from trainer.preemption import StopRequest
 from trainer.preflight import (
     check_bytes,
@@ -59,7 +58,7 @@ from trainer.recipe import dump_recipe
 from trainer.record import meeting, recorded, watched
 from trainer.resume import check_data, check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
-from trainer.sizes import Sizes, describe_job
+from trainer.sizes import Sizes, begin_with, describe_job, open_sizes
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy, needs_group
 from trainer.watch.watchdog import Watchdog
@@ -132,7 +131,7 @@ def _train_together(
 
     num_trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)  # before they are cut
     root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
-    job = describe_job(config, built.model, processes)
+    job = describe_job(config, built.model, processes, DataFacts.build(splits.reports["train"]))
     strategy = build_strategy(config, job, processes, fingerprint if config.quantization else None)
     started = time.perf_counter()
     base = _load(config, built, root, strategy, watchdog, check_stop)
@@ -224,7 +223,7 @@ def _fit(
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
-        _announce(recorder, config, run, splits, num_trained, resumed, num_steps, sizes.setting, strategy)
+        _announce(recorder, config, run, splits, num_trained, resumed, num_steps, sizes, strategy)
         loop.fit()
         check_bytes(strategy, identity["base"]["nf4_fingerprint"], "after training")
         _announce_best(config, checkpoints, recorder, loop.state)
@@ -268,16 +267,12 @@ def _choose_sizes(
     identity: dict[str, Any],
 ) -> Sizes:
     """A run resumed by as many processes, laid out alike, keeps the sizes it began with where they are automatic."""
-    strategy_kind: Any = strategy.name
-    candidates = plan(job, [strategy_kind])
+    candidates = open_sizes(job, strategy, run)
     set_levels = partial(set_recompute, model)
     if resumed is not None and config.train.micro_batch == "auto":
         manifest = read_manifest(run.step_dir(resumed))
         if all(manifest.get(key) == identity[key] for key in ("world_size", "strategy")):
-            saved, asked = manifest["progress"], config.train.recompute
-            levels = LayerLevels.build(saved["recompute"]) if asked == "auto" else candidates[0].setting.levels
-            setting = Setting(strategy_kind, saved["micro_batch"], levels)
-            return Sizes([price(job, setting), *candidates], set_levels)
+            return Sizes(begin_with(manifest["progress"], candidates, job), set_levels)
     sizes = Sizes(candidates, set_levels)
     if len(candidates) > 1 and strategy.device.type == "cuda":
         sizes.confirm(strategy, splits.train, job.packs_each, config.data.pack_length)
@@ -314,7 +309,7 @@ def _announce(
     num_trained: int,
     resumed: int | None,
     num_steps: int,
-    setting: Setting,
+    sizes: Sizes,
     strategy: Strategy,
 ) -> None:
     packs, report = len(splits.train), splits.reports["train"]
@@ -332,7 +327,8 @@ def _announce(
     if (world_size := strategy.processes.world_size) > 1:
         rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
         several = f", {_on(strategy.name, world_size)}{rehearsal}"
-    recorder.event(resumed or 0, "micro_batch", f"{setting}{several}")
+    predicted = sizes.prediction if strategy.device.type == "cuda" else {}
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{several}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:

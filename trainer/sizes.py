@@ -8,21 +8,26 @@ whose processes wait in a collective, cannot go on.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from trainer.checkpoint.layout import RunDir, write_atomically
 from trainer.config import RunConfig
+from trainer.data.recall import DataFacts
 from trainer.data.sampler import Pack, collate
 from trainer.data.types import IGNORE_INDEX, PackedRows
 from trainer.errors import UserError
 from trainer.model.recompute import has_fused_layers
-from trainer.planner import Candidate, needed_bytes
+from trainer.planner import Candidate, needed_bytes, plan, price
 from trainer.planning.hardware import CPU, gpu_at_hand
-from trainer.planning.job import Job, Setting
-from trainer.planning.levels import LayerLevels
+from trainer.planning.job import Job, Kind, Setting
+from trainer.planning.levels import LayerLevels, read_levels
 from trainer.planning.shape import ModelShape
 from trainer.processes import Processes
 from trainer.strategies.base import Strategy
@@ -36,7 +41,7 @@ CHUNK_BYTES = 2**30  # ... whose logits, as float32 and in 16 bit, with their gr
 BACK_OFF = 0.9  # of the memory that ran out, at most, is what a run goes on with
 
 
-def describe_job(config: RunConfig, model: nn.Module, processes: Processes) -> Job:
+def describe_job(config: RunConfig, model: nn.Module, processes: Processes, data: DataFacts | None = None) -> Job:
     """What the planner is asked about this run; the same on all processes, whose GPUs may differ in size."""
     gpu = CPU
     if processes.device.type == "cuda":
@@ -45,7 +50,44 @@ def describe_job(config: RunConfig, model: nn.Module, processes: Processes) -> J
     model_config = getattr(model, "config")  # noqa: B009, of a PreTrainedModel or PeftModel
     shape = ModelShape.build(model_config.to_dict())
     fused = has_fused_layers(model)
-    return Job(config, shape, gpu, processes.world_size, processes.local_world_size, fused)
+    job = Job(config, shape, gpu, processes.world_size, processes.local_world_size, fused)
+    return replace(job, trained_share=data.trained_share, attended=data.attended) if data else job
+
+
+def open_sizes(job: Job, strategy: Strategy, run: RunDir) -> list[Candidate]:
+    """The planner's candidates for a strategy, less those that need as much as ran out of memory in this run dir."""
+    kind = cast(Kind, strategy.name)
+    candidates = plan(job, [kind])
+    failed = strategy.processes.from_first(_read_failure(run) if strategy.processes.is_first else None)
+    if failed is None or (failed["strategy"], failed["world_size"]) != (kind, job.num_gpus):
+        return candidates
+    limit = BACK_OFF * price(job, Setting.load(kind, failed)).memory.peak
+    leaner = [candidate for candidate in candidates if candidate.memory.peak <= limit]
+    if leaner:
+        logger.info("memory ran out with %s: takes less", Setting.load(kind, failed))
+    return leaner or candidates
+
+
+def begin_with(saved: Mapping[str, Any], candidates: list[Candidate], job: Job) -> list[Candidate]:
+    """`candidates` with the sizes of a checkpoint in front, if they are still open.
+
+    Args:
+        saved: what `Setting.saved` gave; levels that the recipe names now count more.
+    """
+    kind, asked = candidates[0].setting.kind, job.config.train.recompute
+    setting = Setting.load(kind, saved)
+    if asked != "auto":
+        setting = replace(setting, levels=read_levels(asked, job.shape.num_layers))
+    before = price(job, setting)
+    largest = max(candidate.memory.peak for candidate in candidates)
+    return [before, *candidates] if before.memory.peak <= largest else candidates
+
+
+def _read_failure(run: RunDir) -> dict[str, Any] | None:
+    try:
+        return json.loads(run.out_of_memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 class Sizes:
@@ -67,6 +109,12 @@ class Sizes:
     @property
     def setting(self) -> Setting:
         return self._current.setting
+
+    @property
+    def prediction(self) -> dict[str, float]:
+        """What the planner says of them: GiB and tokens a second of a GPU."""
+        memory, step = self._current.memory, self._current.step
+        return {"predicted_gib": memory.peak / GIB, "predicted_tokens_per_second": step.tokens_per_second}
 
     def confirm(self, strategy: Strategy, packs: PackedRows, packs_each: int, pack_length: int) -> None:
         """Measures candidates on the real model, the fastest first, until one fits on every process.
@@ -111,6 +159,12 @@ class Sizes:
             f"out of memory with {failed.setting}: predicted {failed.memory.peak / GIB:.1f} GiB, found more than "
             f"{found / GIB:.1f}; goes on with {leaner.setting}"
         )
+
+    def note_failure(self, run: RunDir, world_size: int) -> None:
+        """Keeps the sizes with which memory ran out for good, so that the next start stays below them."""
+        setting = self.setting
+        failed = {"strategy": setting.kind, "world_size": world_size, **setting.saved}
+        write_atomically(run.out_of_memory, json.dumps(failed) + "\n")
 
     def _leaner_than(self, peak: float) -> Candidate | None:
         return next((c for c in self._candidates if c.memory.peak <= min(peak, self._current.memory.peak - 1)), None)

@@ -93,13 +93,8 @@ def load_splits(
         reports = {name: DataReport(**counts[name], lengths=packs[name].rows.lengths().tolist()) for name in counts}
     except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors
         raise PacktrainError(f"{folder}: this data cache is damaged: {error}\n  fix: delete the folder") from error
-    remember(config, _facts(reports["train"]))
+    remember(config, DataFacts.build(reports["train"]))
     return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found, _hashes(data, parts))
-
-
-def _facts(report: DataReport) -> DataFacts:
-    attended = sum(length * (length + 1) // 2 for length in report.lengths) / report.tokens
-    return DataFacts(report.packs, report.tokens, report.trained_tokens / report.tokens, attended)
 
 
 def load_split_examples(config: RunConfig, split: SplitName, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from trainer.config import RunConfig
 from trainer.data.cache import cache_root
+from trainer.data.types import DataReport
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class DataFacts:
     tokens: int
     trained_share: float
     attended: float
+
+    @classmethod
+    def build(cls, report: DataReport) -> DataFacts:
+        """From what became of the rows trained on."""
+        attended = sum(length * (length + 1) // 2 for length in report.lengths) / report.tokens
+        return cls(report.packs, report.tokens, report.trained_tokens / report.tokens, attended)
 
 
 def remember(config: RunConfig, facts: DataFacts) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config import RunConfig
 from trainer.planning import calibration
@@ -24,6 +25,16 @@ class Setting:
     kind: Kind
     micro_batch: int
     levels: LayerLevels
+
+    @classmethod
+    def load(cls, kind: Kind, saved: Mapping[str, Any]) -> Setting:
+        """From what `saved` gave."""
+        return cls(kind, saved["micro_batch"], LayerLevels.build(saved["recompute"]))
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """Sizes as a checkpoint's manifest has them."""
+        return {"micro_batch": self.micro_batch, "recompute": self.levels.counts}
 
     def __str__(self) -> str:
         return f"micro-batch of {self.micro_batch} packs, recompute {self.levels}"
