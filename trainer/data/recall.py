@@ -58,4 +58,4 @@ def _path(config: RunConfig) -> Path:
     files = [Path(name).expanduser() for name in named if len(name) < 256]
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     said = [config.data.model_dump(mode="json"), model.path, model.revision, model.tokenizer, state]
-    return cache_root() / "facts" / f"{blake3(json.dumps(said).encode()).hexdigest(length=16)}.json"
+    return cache_root() / f"{blake3(json.dumps(said).encode()).hexdigest(length=16)}.facts.json"
