@@ -11,6 +11,39 @@ from trainer.launchers import visible_gpus
 
 GIB = 2**30
 
+# Dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figures "with sparsity").
+# The first entry whose words are all in the device's name counts, so variants stand before their family.
+PEAK_BF16_FLOPS: list[tuple[str, float]] = [
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H800 PCIe", 756e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A40", 149.7e12),
+    ("A10", 125e12),
+    ("RTX 6000 Ada", 364.2e12),
+    ("RTX A6000", 154.8e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71.2e12),
+]
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, such as ``NVIDIA H100 80GB HBM3``; None when it is not known."""
+    words = set(device_name.replace("-", " ").split())
+    return next((flops for key, flops in PEAK_BF16_FLOPS if words.issuperset(key.split())), None)
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -37,17 +70,22 @@ class Gpu:
         return f"{self.name} ({self.memory / GIB:.1f} GiB)"
 
 
-# NVIDIA's data sheets of H200, H100 SXM, A100 SXM (80 and 40 GB) and L40S, and its white papers on Ada (RTX 4090) and
-# GA102 (RTX 3090), FP16 with FP32 accumulate. NVLink counts one way; where there is none PCIe 4.0 x16 has 32 GB/s, of
-# which 24 arrive. `memory` is what torch sees on such cards.
+def _known(name: str, size: int, seen: float, bandwidth: float, fabric: float) -> Gpu:
+    flops = peak_bf16_flops(name)
+    assert flops, name
+    return Gpu(name, size, seen * GIB, flops, bandwidth, fabric)
+
+
+# By NVIDIA's data sheets of H200, H100 SXM, A100 SXM and L40S, and its white papers on Ada and GA102. NVLink counts one
+# way; where there is none PCIe 4.0 x16 has 32 GB/s, of which 24 arrive. GiB are what torch sees on such cards.
 GPUS = (
-    Gpu("RTX 3090", 24, 23.6 * GIB, 71.2e12, 936e9, 24e9),
-    Gpu("RTX 4090", 24, 23.6 * GIB, 165.2e12, 1008e9, 24e9),
-    Gpu("A100 40", 40, 39.4 * GIB, 312e12, 1555e9, 300e9),
-    Gpu("L40S", 48, 44.4 * GIB, 362e12, 864e9, 24e9),
-    Gpu("A100", 80, 79.2 * GIB, 312e12, 2039e9, 300e9),
-    Gpu("H100", 80, 79.1 * GIB, 989e12, 3350e9, 450e9),
-    Gpu("H200", 141, 139.8 * GIB, 989e12, 4800e9, 450e9),
+    _known("RTX 3090", 24, 23.6, 936e9, 24e9),
+    _known("RTX 4090", 24, 23.6, 1008e9, 24e9),
+    _known("A100 40", 40, 39.4, 1555e9, 300e9),
+    _known("L40S", 48, 44.4, 864e9, 24e9),
+    _known("A100", 80, 79.2, 2039e9, 300e9),
+    _known("H100", 80, 79.1, 3350e9, 450e9),
+    _known("H200", 141, 139.8, 4800e9, 450e9),
 )
 CPU = Gpu("CPU", 0, float("inf"), 1e11, 1e10, 1e9, max_tokens=4096)  # for rehearsals, whose memory nobody plans
 DEFAULT = "H100"
@@ -74,15 +112,17 @@ def find_gpu(name: str | None = None, memory: float | None = None) -> Gpu:
     if not found:
         raise UserError("--gpu", name, ", ".join(gpu.name for gpu in GPUS), "name the nearest, and its --gpu-memory")
     gpu = max(found, key=lambda gpu: len(gpu.name))
+    gpu = replace(gpu, flops=peak_bf16_flops(name) or gpu.flops)  # of a variant such as PCIe
     return gpu if memory is None else replace(gpu, memory=memory * GIB)
 
 
 def gpu_at_hand(name: str, memory: float) -> Gpu:
-    """The GPU of that name, of which `memory` bytes are seen; of an unknown one, the rates of one of its size."""
+    """The GPU of that name, of which `memory` bytes are seen; what of it is not known is of one of its size."""
     try:
         return replace(find_gpu(name), memory=memory)
     except UserError:
-        return replace(_of_size(memory / GIB), name=name, memory=memory)
+        like = _of_size(memory / GIB)
+        return replace(like, name=name, memory=memory, flops=peak_bf16_flops(name) or like.flops)
 
 
 def read_gpu(environ: Mapping[str, str]) -> tuple[Gpu, int] | None:
