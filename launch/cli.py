@@ -15,6 +15,7 @@ COMMANDS = {  # name -> where its function is, and its line in the list of comma
     "init": ("launch.init:init", "Write a commented recipe for a model, data and hardware."),
     "schema": ("launch.schema:schema", "Print the recipe's JSON schema, for completion in an editor."),
     "preprocess": ("launch.preprocess:preprocess", "Tokenise, mask, pack and cache the data; show what is trained on."),
+    "plan": ("launch.plan:plan", "Predict memory and speed of a recipe; choose sizes; say what else would fit."),
     "train": ("launch.train:train", "Train a recipe on this host; resumes by itself."),
     "submit": ("launch.submit:submit", "Queue a recipe on SLURM; it survives time limits and lost nodes."),
     "status": ("launch.status:status", "Show where submitted runs stand."),
@@ -30,7 +31,7 @@ COMMANDS = {  # name -> where its function is, and its line in the list of comma
     "report": ("launch.report:report", "Write one offline HTML page about a run."),
     "doctor": ("launch.doctor:doctor", "Check this host, its environment and its cluster; say how to mend what fails."),
 }
-TAKE_OVERRIDES = {"preprocess", "train", "submit"}
+TAKE_OVERRIDES = {"preprocess", "plan", "train", "submit"}
 OVERRIDES_HELP = "Any field of the recipe can be overridden by its dotted name: `--optim.lr 1e-4`, `--adapter null`."
 INTERRUPTED = 130  # 128 + SIGINT
 PIPE_CLOSED = 141  # 128 + SIGPIPE

@@ -5,25 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from trainer.config import RowFormat
+from trainer.config import ModelConfig, RowFormat, RunConfig
 from trainer.data.formats import FORMATS
 from trainer.errors import UserError
 from trainer.recipe_schema import Loc, alternatives, describe, schema_at, takes_null
 from trainer.recipe_yaml import dump_inline
 
+if TYPE_CHECKING:
+    from trainer.planning.shape import ModelShape
+
 GIB = 2**30
-ROOM_GIB = 5.0  # activations of one pack, recomputed layer by layer, and CUDA itself
-BYTES_PER_WEIGHT = {  # of frozen weights, or of trained weights with gradient and moments
-    "qlora": 0.6,  # NF4 with scales, and 16-bit embeddings
-    "lora": 2.0,
-    "full": 16.0,  # float32 weight, gradient and two moments
-    "full in 16 bit": 6.0,  # bfloat16 weight and gradient, 8-bit moments
-}
+SIZE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])")  # in a model's name: Llama-2-7b-hf
 
 
 def init(
@@ -82,6 +79,20 @@ def choose_fields(
     Raises:
         UserError: the GPU cannot hold the model by this method.
     """
+    fields = _fields(model, data, format, columns, method, gpu_memory)
+    if gpu_memory and not _fits(fields, gpu_memory):
+        if method == "full":
+            fields["optim"]["name"] = "paged_adamw_8bit"
+            fields["train"]["param_dtype"] = "bfloat16"
+        if not _fits(fields, gpu_memory):
+            others = {other: _fields(model, data, format, columns, other, gpu_memory) for other in ("lora", "qlora")}
+            raise _too_small(fields, method, gpu_memory, [m for m, f in others.items() if _fits(f, gpu_memory)])
+    return fields
+
+
+def _fields(
+    model: str, data: str, format: str, columns: dict[str, str], method: str, gpu_memory: float | None
+) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model": {"path": model},
         "data": {
@@ -102,11 +113,6 @@ def choose_fields(
     if method == "qlora":
         fields["quantization"] = {"type": "nf4"}
         fields["optim"]["max_grad_norm"] = 0.3  # as in the QLoRA paper
-    if gpu_memory and not _fits(model, method, gpu_memory):
-        if method != "full" or not _fits(model, "full in 16 bit", gpu_memory):
-            raise _too_small(model, method, gpu_memory)
-        fields["optim"]["name"] = "paged_adamw_8bit"
-        fields["train"]["param_dtype"] = "bfloat16"
     return fields
 
 
@@ -143,19 +149,37 @@ def _describe(loc: Loc) -> str:
     return f"{text} ({choices.removeprefix('one of ')})" if "enum" in field else text
 
 
-def _fits(model: str, method: str, gpu_memory: float) -> bool:
-    needed = _needed_gib(model, method)
+def _fits(fields: dict[str, Any], gpu_memory: float) -> bool:
+    needed = _needed_gib(fields)
     return needed is None or needed <= gpu_memory
 
 
-def _needed_gib(model: str, method: str) -> float | None:
-    """Least GPU memory by rule of thumb, where the model's name tells its size, such as ``Llama-2-7b-hf``."""
-    size = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])", model.rpartition("/")[2].lower())
-    return float(size[1]) * 1e9 * BYTES_PER_WEIGHT[method] / GIB + ROOM_GIB if size else None
+def _needed_gib(fields: dict[str, Any]) -> float | None:
+    """Memory of one GPU that the leanest setting takes, by the planner; None where the model's size is not known."""
+    from trainer.planner import plan
+    from trainer.planning.hardware import find_gpu
+    from trainer.planning.job import Job
+
+    config = RunConfig.model_validate(fields)
+    shape = _find_shape(config.model)
+    return min(candidate.needed for candidate in plan(Job(config, shape, find_gpu()))) / GIB if shape else None
 
 
-def _too_small(model: str, method: str, gpu_memory: float) -> UserError:
-    least = _needed_gib(model, "full in 16 bit" if method == "full" else method)
-    fitting = [other for other in ("lora", "qlora") if other != method and _fits(model, other, gpu_memory)]
+def _find_shape(model: ModelConfig) -> ModelShape | None:
+    """The model's shape if it is here or known, else of the known one nearest in size to what its name says."""
+    from trainer.model.folder import read_sizes
+    from trainer.model.shapes import SHAPES, published_shape
+    from trainer.planning.shape import ModelShape
+
+    if published_shape(model.path) or Path(model.path).expanduser().is_dir():
+        return ModelShape.build(read_sizes(model))
+    if not (said := SIZE.search(model.path.rpartition("/")[2].lower())):
+        return None
+    shapes = [ModelShape.build(sizes) for sizes in SHAPES.values()]
+    return min(shapes, key=lambda shape: abs(shape.weights - float(said[1]) * 1e9))
+
+
+def _too_small(fields: dict[str, Any], method: str, gpu_memory: float, fitting: list[str]) -> UserError:
     fix = f"--method {fitting[0]}" if fitting else "a smaller model or a larger GPU"
-    return UserError("--gpu-memory", f"{gpu_memory:g} GiB", f"about {least:.0f} GiB for {model} by {method}", fix)
+    allowed = f"about {_needed_gib(fields):.0f} GiB for {fields['model']['path']} by {method}"
+    return UserError("--gpu-memory", f"{gpu_memory:g} GiB", allowed, fix)

@@ -10,11 +10,12 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RecomputeLevel = Literal["none", "norms", "mlp", "full"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+RecomputeLevel = Literal["none", "norms", "mlp", "full"]  # what a decoder layer computes again in backward
 # SLURM's forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
 JOB_TIME = re.compile(r"(?:(?P<days>[0-9]{1,4})-)?(?P<clock>[0-9]{1,6}(?::[0-9]{1,2}){0,2})")
 
@@ -155,7 +156,7 @@ class StrategyConfig(Part):
     """How the step is spread over processes."""
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
-        "auto", description="auto: single, ddp where a GPU holds the whole state, else fsdp2"
+        "auto", description="auto: single; of several processes ddp or fsdp2, as the planner finds faster"
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="keep moments, or weights too (fsdp2, zero3), in host memory"
@@ -217,7 +218,14 @@ class TrainConfig(Part):
     max_steps: int | None = Field(None, ge=1, description="exactly this many steps, whatever epochs says")
     global_batch: GlobalBatch = GlobalBatch(tokens=65536, rows=None)
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="packs in one forward")
-    recompute: Literal["auto", "none", "full"] = Field("auto", description="recompute activations in backward")
+    recompute: (
+        Literal["auto", "none", "norms", "mlp", "full"]
+        | Annotated[dict[RecomputeLevel, PositiveInt], Field(min_length=1)]
+    ) = Field(
+        "auto",
+        description="computed again in backward: none, norms and activation, mlp, or full layers; or so many layers of "
+        "each from the bottom: {full: 12, none: 20}",
+    )
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
     log_every: int = Field(1, ge=1, description="steps between log lines (metrics.jsonl has every step)")
     device: Literal["auto", "cpu"] = Field(

@@ -22,6 +22,7 @@ from trainer.metrics.meters import ThroughputMeter
 from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
 from trainer.schedule import Schedule
+from trainer.sizes import Sizes
 from trainer.strategies.base import Strategy
 from trainer.watch.watchdog import Watchdog
 
@@ -60,8 +61,7 @@ class TrainLoop:
     stop) is added up once a step.
 
     Args:
-        micro_batch: packs in one forward.
-        recompute: as set in the module; saved, so that a resumed run computes the same.
+        sizes: micro-batch and recompute levels; saved, so that a resumed run computes the same.
         answer_samples: generates the answers to the recipe's sample prompts, as ``(prompt, answer)``.
         stop: asked at every step boundary.
         watchdog: told where this process is.
@@ -75,8 +75,7 @@ class TrainLoop:
         validation_packs: PackedRows | None,
         sampler: GlobalBatchSampler,
         num_steps: int,
-        micro_batch: int,
-        recompute: bool,
+        sizes: Sizes,
         schedule: Schedule,
         checkpoints: CheckpointManager,
         recorder: Recorder,
@@ -87,7 +86,7 @@ class TrainLoop:
     ) -> None:
         self.config, self.strategy, self.schedule = config, strategy, schedule
         self.train_packs, self.validation_packs, self.sampler = train_packs, validation_packs, sampler
-        self.num_steps, self.micro_batch, self.recompute = num_steps, micro_batch, recompute
+        self.num_steps, self.sizes = num_steps, sizes
         self.checkpoints, self.recorder, self.meter = checkpoints, recorder, meter
         self.answer_samples, self.stop, self.watchdog = answer_samples, stop, watchdog
         self.processes = strategy.processes
@@ -134,7 +133,7 @@ class TrainLoop:
         num_tokens, num_trained = self.processes.sum(num_tokens, num_trained)
         lr = self.schedule.lr(step)
         self.strategy.module.train()
-        loss_sum = self.strategy.forward_backward(micro_batches, num_trained, self._mark_micro_batch)
+        loss_sum = self._forward_backward(step, micro_batches, num_trained)
         self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
         self.watchdog.observe(step, result.grad_norm)
@@ -153,6 +152,24 @@ class TrainLoop:
             self._count_skip(result.is_failure)
         else:
             self.state.failures_in_a_row = 0
+
+    def _forward_backward(self, step: int, micro_batches: list[PackedBatch], num_trained: int) -> torch.Tensor:
+        """As the strategy's; where memory runs out, once more with leaner sizes, which leave the gradient as it is."""
+        failure: torch.OutOfMemoryError | None = None
+        try:
+            return self.strategy.forward_backward(micro_batches, num_trained, self._mark_micro_batch)
+        except torch.OutOfMemoryError as error:
+            failure = error.with_traceback(None)  # its frames hold the activations
+        # Among several processes the others may wait for this one in a collective, and nobody can call them back.
+        text = self.sizes.back_off(self.meter.peak_memory) if self.processes.world_size == 1 else None
+        if text is None:
+            self.sizes.note_failure(self.checkpoints.run_dir, self.processes.world_size)
+            raise failure
+        self.strategy.discard_gradients()
+        self.recorder.event(self.state.step, "out_of_memory", text)
+        if self._next is not None:
+            self._next = self._loader.submit(self._load, step + 1)  # cut anew
+        return self.strategy.forward_backward(self._load(step), num_trained, self._mark_micro_batch)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -183,8 +200,7 @@ class TrainLoop:
         progress = {
             "loop": asdict(self.state),
             "schedule": self.schedule.state_dict(),
-            "micro_batch": self.micro_batch,
-            "recompute": self.recompute,
+            **self.sizes.setting.saved,
         }
         if not self.checkpoints.save(self.state.step, self.strategy.state_dict(), progress, is_best):
             return
@@ -221,7 +237,7 @@ class TrainLoop:
         ]
 
     def _deal(self, samples: Sequence[int], costs: np.ndarray) -> list[list[int]]:
-        return deal(samples, costs, self.processes.rank, self.processes.world_size, self.micro_batch)
+        return deal(samples, costs, self.processes.rank, self.processes.world_size, self.sizes.setting.micro_batch)
 
     def _evaluate_loss(self, packs: PackedRows) -> dict[str, Any]:
         """The evaluation's line of ``metrics.jsonl``."""

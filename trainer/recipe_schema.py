@@ -47,12 +47,12 @@ def child_schema(schema: Schema | None, key: str | int) -> Schema | None:
 
 
 def _value_schema(option: Schema, key: str) -> Schema | None:
-    """Of a mapping whose keys are names of the user's choice, perhaps of a certain form."""
+    """Of a mapping whose keys are names of the user's choice, perhaps of a certain form or out of a few."""
     for pattern, value in option.get("patternProperties", {}).items():
         if re.search(pattern, key):
             return value
-    value = option.get("additionalProperties")
-    return value if isinstance(value, dict) else None
+    names, value = option.get("propertyNames", {}).get("enum"), option.get("additionalProperties")
+    return value if isinstance(value, dict) and (names is None or key in names) else None
 
 
 def schema_at(loc: Loc) -> Schema | None:
@@ -133,6 +133,8 @@ def _describe_option(option: Schema) -> str:
             return _describe_list(option)
         case "object" if "properties" in option:
             return "a section with " + ", ".join(option["properties"])
+        case "object" if names := option.get("propertyNames", {}).get("enum"):
+            return f"a mapping of {', '.join(names)} to {describe(option['additionalProperties'])}"
         case "object":
             return "a mapping of names to text"
         case kind:

@@ -122,7 +122,8 @@ def _state_recorded(
             fix = "make room or mend the file system; the same command goes on from the last checkpoint"
             raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
         if isinstance(error, torch.OutOfMemoryError):
-            fix = "lower train.micro_batch or set train.recompute: full; then it goes on from the last checkpoint"
+            fix = "the same command goes on from the last checkpoint, with leaner sizes where train.micro_batch or "
+            fix += "train.recompute is auto; where both are named, lower the one or set the other to full"
             raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
         raise
 

@@ -24,6 +24,7 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.masking import load_template
 from trainer.data.prepare import Splits, load_splits, log_report
+from trainer.data.recall import DataFacts
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import Preempted, UserError
 from trainer.export.result import export_result, finish_adapter, finish_full
@@ -37,10 +38,12 @@ from trainer.metrics.meters import ThroughputMeter, device_peak_flops, flops_per
 from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
-from trainer.model.load import BuiltModel, build_model, load_weights, set_recompute
+from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
+from trainer.model.recompute import set_recompute
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
+from trainer.planning.job import Job
 from trainer.preemption import StopRequest
 from trainer.preflight import (
     check_bytes,
@@ -50,12 +53,12 @@ from trainer.preflight import (
     checkpoint_bytes,
     result_bytes,
 )
-from trainer.probe import Choice, choose_micro_batch
 from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
 from trainer.record import meeting, recorded, watched
 from trainer.resume import check_data, check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
+from trainer.sizes import Sizes, begin_with, describe_job, open_sizes
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy, needs_group
 from trainer.watch.watchdog import Watchdog
@@ -128,7 +131,8 @@ def _train_together(
 
     num_trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)  # before they are cut
     root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
-    strategy = build_strategy(config, built.model, processes, fingerprint if config.quantization else None)
+    job = describe_job(config, built.model, processes, DataFacts.build(splits.reports["train"]))
+    strategy = build_strategy(config, job, processes, fingerprint if config.quantization else None)
     started = time.perf_counter()
     base = _load(config, built, root, strategy, watchdog, check_stop)
     logger.info("base in place after %.1f s", time.perf_counter() - started)
@@ -147,7 +151,7 @@ def _train_together(
     check_bytes(strategy, base.nf4_fingerprint, "after the model was prepared")
     watchdog.mark(0, "checking that packed documents do not see each other")
     check_isolation(strategy)
-    _fit(config, run, tokenizer, splits, built.model, num_trained, strategy, identity, stop, watchdog)
+    _fit(config, run, tokenizer, splits, built.model, num_trained, job, strategy, identity, stop, watchdog)
     return tokenizer
 
 
@@ -175,6 +179,7 @@ def _fit(
     splits: Splits,
     model: nn.Module,
     num_trained: int,
+    job: Job,
     strategy: Strategy,
     identity: dict[str, Any],
     stop: StopRequest,
@@ -190,7 +195,7 @@ def _fit(
         checkpoints.discard_after(resumed or 0)
     _stop_if_asked_while_loading(run, processes, stop)
 
-    choice = _choose_sizes(config, run, resumed, strategy, splits, model, identity)
+    sizes = _choose_sizes(config, run, resumed, job, strategy, splits, model, identity)
     sampler = _sampler(config, len(splits.train))
     num_steps = sampler.num_steps
     with watchdog.alone("starting the trackers"):
@@ -203,8 +208,7 @@ def _fit(
             validation_packs=splits.validation,
             sampler=sampler,
             num_steps=num_steps,
-            micro_batch=choice.micro_batch,
-            recompute=choice.recompute,
+            sizes=sizes,
             schedule=Schedule(config.schedule, config.optim, num_steps),
             checkpoints=checkpoints,
             recorder=recorder,
@@ -219,7 +223,7 @@ def _fit(
         if resumed is not None:
             with loop.meter.paused():
                 loop.resume(resumed)
-        _announce(recorder, config, run, splits, num_trained, resumed, num_steps, choice, strategy)
+        _announce(recorder, config, run, splits, num_trained, resumed, num_steps, sizes, strategy)
         loop.fit()
         check_bytes(strategy, identity["base"]["nf4_fingerprint"], "after training")
         _announce_best(config, checkpoints, recorder, loop.state)
@@ -256,23 +260,23 @@ def _choose_sizes(
     config: RunConfig,
     run: RunDir,
     resumed: int | None,
+    job: Job,
     strategy: Strategy,
     splits: Splits,
     model: nn.Module,
     identity: dict[str, Any],
-) -> Choice:
+) -> Sizes:
     """A run resumed by as many processes, laid out alike, keeps the sizes it began with where they are automatic."""
-    recompute = partial(set_recompute, model)
+    candidates = open_sizes(job, strategy, run)
+    set_levels = partial(set_recompute, model)
     if resumed is not None and config.train.micro_batch == "auto":
         manifest = read_manifest(run.step_dir(resumed))
         if all(manifest.get(key) == identity[key] for key in ("world_size", "strategy")):
-            saved = manifest["progress"]
-            asked = {"none": False, "full": True}.get(config.train.recompute, saved["recompute"])
-            choice = Choice(saved["micro_batch"], asked)
-            recompute(choice.recompute)
-            return choice
-    packs_per_rank = -(-config.packs_per_step // strategy.processes.world_size)
-    return choose_micro_batch(config.train, strategy, splits.train, packs_per_rank, config.data.pack_length, recompute)
+            return Sizes(begin_with(manifest["progress"], candidates, job), set_levels)
+    sizes = Sizes(candidates, set_levels)
+    if len(candidates) > 1 and strategy.device.type == "cuda":
+        sizes.confirm(strategy, splits.train, job.packs_each, config.data.pack_length)
+    return sizes
 
 
 def _meter(config: RunConfig, splits: Splits, model: Any, num_trained: int, processes: Processes) -> ThroughputMeter:
@@ -305,7 +309,7 @@ def _announce(
     num_trained: int,
     resumed: int | None,
     num_steps: int,
-    choice: Choice,
+    sizes: Sizes,
     strategy: Strategy,
 ) -> None:
     packs, report = len(splits.train), splits.reports["train"]
@@ -323,7 +327,8 @@ def _announce(
     if (world_size := strategy.processes.world_size) > 1:
         rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
         several = f", {_on(strategy.name, world_size)}{rehearsal}"
-    recorder.event(resumed or 0, "micro_batch", f"{choice}{several}")
+    predicted = sizes.prediction if strategy.device.type == "cuda" else {}
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{several}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:

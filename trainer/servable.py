@@ -21,7 +21,7 @@ from trainer.export.adapter import read_adapter
 from trainer.export.base import EMBEDDING, BaseTensors, check_unchanged
 from trainer.model.adapter_files import check_adapter_config
 from trainer.model.decilm import PER_LAYER
-from trainer.model.weights import resolve_folder
+from trainer.model.folder import resolve_folder
 
 logger = logging.getLogger(__name__)
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py: MaxLoRARanks

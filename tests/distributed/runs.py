@@ -16,10 +16,13 @@ from trainer.config import RunConfig
 from trainer.data.sampler import GlobalBatchSampler, Pack, collate, deal, document_cost
 from trainer.data.types import IGNORE_INDEX
 from trainer.loss import PackedCausalLM
-from trainer.model.load import build_model, load_weights, set_recompute
+from trainer.model.load import build_model, load_weights
 from trainer.model.quantized import fingerprint
+from trainer.model.recompute import decoder_layers, set_recompute
 from trainer.optim import build_optimizer
+from trainer.planning.levels import read_levels
 from trainer.processes import Processes
+from trainer.sizes import describe_job
 from trainer.strategies.base import Strategy
 from trainer.strategies.choose import build_strategy
 
@@ -84,15 +87,22 @@ def build(processes: Processes, config: RunConfig, place: Callable[..., None] = 
     """
     built = build_model(config, processes.device)
     bytes_of = fingerprint if config.quantization else None
-    strategy = build_strategy(config, built.model, processes, bytes_of)
+    job = describe_job(config, built.model, processes)
+    strategy = build_strategy(config, job, processes, bytes_of)
     if options:
         dtype = getattr(torch, config.compute_dtype)
         strategy = type(strategy)(processes, config.strategy, dtype, fingerprint=bytes_of, **options)  # type: ignore
     strategy.shard(PackedCausalLM(built.model, getattr(torch, config.compute_dtype)))
     load_weights(built, config, partial(place, strategy), processes, lambda activity: None)
     strategy.prepare(partial(build_optimizer, config.optim))
-    set_recompute(built.model, config.train.recompute == "full")
+    set_levels(built.model, config)
     return strategy
+
+
+def set_levels(model: nn.Module, config: RunConfig) -> None:
+    """The recipe's recompute levels, which are not automatic."""
+    assert config.train.recompute != "auto"
+    set_recompute(model, read_levels(config.train.recompute, len(decoder_layers(model))))
 
 
 def train_steps(

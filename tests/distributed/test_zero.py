@@ -22,6 +22,7 @@ from distributed.runs import (
     largest_relative_error,
     make_packs,
     relative_error,
+    set_levels,
     train_steps,
     whole_state,
 )
@@ -31,7 +32,7 @@ from trainer.config import RunConfig
 from trainer.data.sampler import GlobalBatchSampler, collate
 from trainer.errors import PacktrainError
 from trainer.loss import PackedCausalLM
-from trainer.model.load import build_model, load_weights, set_recompute
+from trainer.model.load import build_model, load_weights
 from trainer.model.quantized import fingerprint
 from trainer.optim import build_optimizer
 from trainer.processes import Processes
@@ -60,7 +61,7 @@ def build_zero(processes: Processes, config: RunConfig, keep_whole: int = 0) -> 
     strategy.shard(PackedCausalLM(built.model, getattr(torch, config.compute_dtype)))
     load_weights(built, config, strategy.place, processes, lambda activity: None)
     strategy.prepare(partial(build_optimizer, config.optim))
-    set_recompute(built.model, config.train.recompute == "full")
+    set_levels(built.model, config)
     return strategy
 
 

@@ -26,10 +26,12 @@ from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm
 from trainer.model.kernels.rope import rotate
 from trainer.model.kernels.rows import copy_rows
 from trainer.model.layers import FusedRMSNorm
-from trainer.model.load import load_model, set_recompute
+from trainer.model.load import load_model
 from trainer.model.nf4 import FourBit, _dequantize_scales
 from trainer.model.quantized import QuantizedLinear, fingerprint
+from trainer.model.recompute import set_recompute
 from trainer.model.weights import build_on_meta, random_tensor
+from trainer.planning.levels import read_levels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -219,10 +221,10 @@ def gradient(model: nn.Module, compute_dtype: torch.dtype, device: torch.device)
     return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.requires_grad and p.grad is not None])
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("recompute", ["none", "norms", "mlp", "full"])
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recompute: bool, toy_recipe: Recipe) -> None:
+def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recompute: Any, toy_recipe: Recipe) -> None:
     """Against float32 with attention by document, both on the device."""
     if method == "full" and dora:
         pytest.skip("DoRA is an adapter's")
@@ -233,7 +235,7 @@ def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recom
     model = load_model(half, CUDA).model
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     assert causal_lm.config._attn_implementation == VARLEN
-    set_recompute(model, recompute)
+    set_recompute(model, read_levels(recompute, 2))
 
     found = gradient(model, torch.bfloat16, CUDA)
 

@@ -10,14 +10,22 @@ import pytest
 import torch
 
 from trainer.config import RunConfig
-from trainer.model.load import build_model
+from trainer.model.build import build_model
+from trainer.sizes import describe_job
 from trainer.strategies import choose
+
+
+def same(value: Any) -> Any:
+    return value
 
 
 def processes(world_size: int, device: str = "cuda") -> Any:
     return SimpleNamespace(
-        world_size=world_size, local_world_size=4, device=torch.device(device), min=lambda value: value
+        world_size=world_size, local_world_size=4, device=torch.device(device), min=same, from_first=same
     )
+
+
+SEVEN_B = {"path": "meta-llama/Llama-2-7b-hf", "init": "random", "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -25,12 +33,12 @@ def processes(world_size: int, device: str = "cuda") -> Any:
     [
         ({}, 1, "cuda", 1e3, 1e3, "single"),
         ({}, 4, "cpu", 1e3, 1e3, "ddp"),
-        ({}, 4, "cuda", 1e9, 1e9, "ddp"),
-        ({}, 4, "cuda", 1e6, 1e9, "fsdp2"),
-        ({}, 4, "cuda", 1e9, 6e6, "fsdp2"),  # a full state copied by each of four
-        ({"adapter": {"r": 2}}, 4, "cuda", 1e9, 6e6, "ddp"),
-        ({"strategy": {"offload": "all"}}, 4, "cuda", 1e9, 1e9, "fsdp2"),
-        ({"strategy": {"shard_size": 2}}, 4, "cuda", 1e9, 1e9, "fsdp2"),
+        ({}, 4, "cuda", 80e9, 1e12, "ddp"),
+        ({"model": SEVEN_B}, 4, "cuda", 80e9, 1e12, "fsdp2"),  # a GPU does not hold weights, gradients and moments
+        ({}, 4, "cuda", 80e9, 6e6, "fsdp2"),  # a full state copied by each of four
+        ({"adapter": {"r": 2}}, 4, "cuda", 80e9, 6e6, "ddp"),
+        ({"strategy": {"offload": "all"}}, 4, "cuda", 80e9, 1e12, "fsdp2"),
+        ({"strategy": {"shard_size": 2}}, 4, "cuda", 80e9, 1e12, "fsdp2"),
     ],
 )
 def test_auto(
@@ -45,9 +53,11 @@ def test_auto(
 ) -> None:
     config = toy_recipe(**sections)
     model = build_model(config, torch.device("cpu")).model
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gpu_bytes))
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=gpu_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(choose, "host_memory", lambda: host_bytes)
-    assert choose.choose_kind(config, model, processes(world_size, device)) == kind
+    group = processes(world_size, device)
+    assert choose.choose_kind(describe_job(config, model, group), group) == kind
 
 
 def test_host_memory_is_the_jobs_share(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

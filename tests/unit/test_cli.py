@@ -211,7 +211,7 @@ def test_init_chooses_for_the_gpu() -> None:
     small = choose("Llama-2-7b-hf", "full", 80)
     assert (small["optim"]["name"], small["train"]["param_dtype"]) == ("paged_adamw_8bit", "bfloat16")
     with pytest.raises(
-        UserError, match=r"24 GiB\n  allowed: about 44 GiB for Llama-2-7b-hf by full\n  fix: --method lora"
+        UserError, match=r"24 GiB\n  allowed: about 43 GiB for Llama-2-7b-hf by full\n  fix: --method lora"
     ):
         choose("Llama-2-7b-hf", "full", 24)
     with pytest.raises(UserError, match="fix: --method qlora"):

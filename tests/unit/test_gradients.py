@@ -17,8 +17,10 @@ from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
 from trainer.model.adapter_files import save_adapter
-from trainer.model.load import load_model, set_recompute
+from trainer.model.load import load_model
 from trainer.model.quantized import QuantizedLinear
+from trainer.model.recompute import set_recompute
+from trainer.planning.levels import read_levels
 
 CPU = torch.device("cpu")
 Row = tuple[list[int], list[int]]
@@ -123,15 +125,15 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("recompute", ["none", "full", {"full": 1, "norms": 1}, {"mlp": 1, "none": 1}], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_packed_step_has_the_gradients_of_rows_one_by_one(
-    case: str, recompute: bool, toy_recipe: Callable[..., RunConfig], tmp_path: Path
+    case: str, recompute: Any, toy_recipe: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     sections, tolerance = CASES[case]
     config = toy_recipe(**sections)
     model = load_model(config, CPU).model
-    set_recompute(model, recompute)
+    set_recompute(model, read_levels(recompute, 2))
     randomize_adapter(model)
     rows = make_rows([9, 1, 17, 5, 12, 30])
     reference = reference_model(config, model, tmp_path)

@@ -21,13 +21,15 @@ from trainer.errors import UserError
 from trainer.launchers import World
 from trainer.model import source, weights
 from trainer.model.build import build_model
-from trainer.model.load import load_model, load_weights, set_recompute
+from trainer.model.load import load_model, load_weights
 from trainer.model.nf4 import FourBit
 from trainer.model.quantized import QuantizedLinear, fingerprint
+from trainer.model.recompute import set_recompute
 from trainer.model.shapes import SHAPES, published_shape
 from trainer.model.source import TensorReader, list_tensors
 from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import base_content_hash, build_on_meta, load_base_config, random_tensor
+from trainer.planning.levels import read_levels
 from trainer.processes import Processes
 
 CPU = torch.device("cpu")
@@ -260,10 +262,10 @@ def test_recompute_keeps_little(toy_recipe: Recipe, sections: dict[str, Any]) ->
         return sum(sizes.values())
 
     everything = kept()
-    set_recompute(model, True)
+    set_recompute(model, read_levels("full", 2))
     # Inside a checkpoint its own hooks see the tensors: what reaches ours is the layers' inputs, embeddings and head.
     assert kept() < 0.5 * everything
-    set_recompute(model, False)
+    set_recompute(model, read_levels("none", 2))
     assert kept() == everything
 
 

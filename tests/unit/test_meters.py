@@ -14,8 +14,8 @@ from trainer.metrics.meters import (
     device_peak_flops,
     flops_per_token,
     mean_attended_positions,
-    peak_bf16_flops,
 )
+from trainer.planning.hardware import peak_bf16_flops
 
 CPU = torch.device("cpu")
 LLAMA_2_7B = SimpleNamespace(

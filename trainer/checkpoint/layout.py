@@ -59,6 +59,11 @@ class RunDir:
         return self.path / "job.json"
 
     @property
+    def out_of_memory(self) -> Path:
+        """There where a GPU's memory ran out: the sizes that the next start has to stay below."""
+        return self.path / "out_of_memory.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

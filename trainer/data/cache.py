@@ -5,6 +5,7 @@
     <cache>/<key>/train/rows.arrow    a row each: input_ids, labels, source (its index in the recipe), row, truncated
     <cache>/<key>/train/packs.arrow   a pack each: the rows in it
     <cache>/<key>/meta.json           counts of every split, and the fingerprint of all of them
+    <cache>/<recipe>.facts.json       counts for who plans a recipe without reading its data (`trainer.data.recall`)
 
 A folder is built under another name and renamed when it is complete and on disk, so it is there whole or not at all; of
 several builders, on one host or many, one renames first and the others throw theirs away.

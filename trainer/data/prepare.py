@@ -28,6 +28,7 @@ from trainer.data.cache import (
 from trainer.data.conversion import Reader, converting
 from trainer.data.masking import ANSWER_TOO_FAR, TOO_LONG
 from trainer.data.packing import keep_apart, pack_sequences
+from trainer.data.recall import DataFacts, remember
 from trainer.data.splits import Part, SplitName, all_sources, draw_splits
 from trainer.data.templates import Template, load_template
 from trainer.data.types import IGNORE_INDEX, DataReport, Example, TokenizedRow
@@ -92,6 +93,7 @@ def load_splits(
         reports = {name: DataReport(**counts[name], lengths=packs[name].rows.lengths().tolist()) for name in counts}
     except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors
         raise PacktrainError(f"{folder}: this data cache is damaged: {error}\n  fix: delete the folder") from error
+    remember(config, DataFacts.build(reports["train"]))
     return Splits(packs["train"], packs.get("validation"), packs.get("test"), reports, found, _hashes(data, parts))
 
 

@@ -15,6 +15,7 @@ from trainer.checkpoint.result import Result
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.export.shards import cut_into_shards
+from trainer.model.folder import resolve_folder
 from trainer.model.lora import decoder_linears
 from trainer.model.weights import (
     STALE_SUFFIX,
@@ -22,7 +23,6 @@ from trainer.model.weights import (
     build_on_meta,
     load_base_config,
     random_parameter,
-    resolve_folder,
     weight_files,
 )
 

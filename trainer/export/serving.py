@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import ModelConfig
 from trainer.data.masking import load_template, stop_token_ids, template_text
-from trainer.model.weights import resolve_folder
+from trainer.model.folder import resolve_folder
 
 
 def tokenizer_as_trained(tokenizer: PreTrainedTokenizerBase, template_name: str) -> PreTrainedTokenizerBase:

@@ -10,40 +10,9 @@ from typing import Any
 
 import torch
 
+from trainer.planning.hardware import peak_bf16_flops
+
 GIB = 2**30
-
-# Dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figures "with sparsity").
-# The first entry whose words are all in the device's name counts, so variants stand before their family.
-PEAK_BF16_FLOPS: list[tuple[str, float]] = [
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("H200 NVL", 835e12),
-    ("GH200", 989e12),
-    ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H800 PCIe", 756e12),
-    ("H800", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("A40", 149.7e12),
-    ("A10", 125e12),
-    ("RTX 6000 Ada", 364.2e12),
-    ("RTX A6000", 154.8e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71.2e12),
-]
-
-
-def peak_bf16_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name, such as ``NVIDIA H100 80GB HBM3``; None when it is not known."""
-    words = set(device_name.replace("-", " ").split())
-    return next((flops for key, flops in PEAK_BF16_FLOPS if words.issuperset(key.split())), None)
 
 
 def device_peak_flops(device: torch.device) -> float | None:
@@ -159,5 +128,10 @@ class ThroughputMeter:
         finally:
             self._since += self._clock() - start
 
+    @property
+    def peak_memory(self) -> int:
+        """Most bytes allocated on the device so far; 0 on other than CUDA."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+
     def _memory_gib(self) -> float | None:
-        return torch.cuda.max_memory_allocated(self._device) / GIB if self._device.type == "cuda" else None
+        return self.peak_memory / GIB if self._device.type == "cuda" else None

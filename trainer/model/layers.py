@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
@@ -78,10 +79,20 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         if parts is None:
             attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
             hidden_states = hidden_states + attended
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            normed = self.post_attention_layernorm(hidden_states)
+            again = self.recompute == "mlp" and torch.is_grad_enabled()
+            return hidden_states + (checkpoint(self.mlp, normed, use_reentrant=False) if again else self.mlp(normed))
         # autocast inside an autograd function would cast the forward and not the backward
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self._fused(hidden_states.to(parts.dtype), parts, **kwargs)
+
+    def is_plain(self) -> bool:
+        """Whether all of its linears are of the kind that the nodes compute."""
+        if not isinstance(self.mlp, FusedMLP):
+            return False
+        attention, mlp = self.self_attn, self.mlp
+        names = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *mlp.children())
+        return all(flat_linear(linear) is not None for linear in names)
 
     def _fused(
         self,
@@ -106,7 +117,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         attention, device_type = self.self_attn, hidden_states.device.type
         if len(hidden_states) != 1 or kwargs.get("past_key_values") is not None:
             return None
-        if attention.config._attn_implementation not in PACKED_ATTENTION:
+        if attention.config._attn_implementation not in PACKED_ATTENTION or not isinstance(self.mlp, FusedMLP):
             return None
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(device_type):
@@ -148,5 +159,5 @@ def fuse_layers(model: PreTrainedModel) -> None:
         elif isinstance(module, (LlamaMLP, MistralMLP)) and module.config.hidden_act == "silu":
             model.set_submodule(name, FusedMLP(module))
     for name, module in list(model.named_modules()):
-        if isinstance(module, (LlamaDecoderLayer, MistralDecoderLayer)) and isinstance(module.mlp, FusedMLP):
+        if isinstance(module, (LlamaDecoderLayer, MistralDecoderLayer)):
             model.set_submodule(name, FusedDecoderLayer(module))

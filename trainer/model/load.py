@@ -20,10 +20,10 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.launchers import World
 from trainer.model.build import BuiltModel, Destination, build_model
+from trainer.model.folder import resolve_folder
 from trainer.model.host import Host
 from trainer.model.prepare import Preparation, TrailingHash
 from trainer.model.source import FLOATS, StoredTensor, deal, list_tensors
-from trainer.model.weights import resolve_folder
 from trainer.processes import Processes
 from trainer.storage import allocate, put
 
@@ -191,14 +191,3 @@ def _fill_rotary_buffers(model: PreTrainedModel, device: torch.device) -> None:
             model.set_submodule(name, rebuild(model.config).to(device))
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"no storage for {left}"
-
-
-def set_recompute(model: nn.Module, full: bool) -> None:
-    """Whether decoder layers keep their activations or (`full`) compute them again in backward; in train mode only."""
-    causal_lm = _causal_lm(model)
-    if not full:
-        causal_lm.gradient_checkpointing_disable()
-        return
-    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Non-reentrant checkpoints need no gradient at the embeddings; asking for it would cost one more backward matmul.
-    causal_lm.disable_input_require_grads()

@@ -125,8 +125,11 @@ class FusedLora(PeftLoraLinear):
         return module.in_features, module.out_features
 
 
-def flat_linear(module: nn.Module, dtype: torch.dtype) -> tuple[LinearSpec, tuple[torch.Tensor, ...]] | None:
-    """What a linear computes with in `dtype`, with an adapter or without; None where only the module itself can say.
+def flat_linear(
+    module: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[LinearSpec, tuple[torch.Tensor, ...]] | None:
+    """What a linear computes with in `dtype` (None: in its own), with an adapter or without; None where only the module
+    itself can say.
 
     That is with a bias, dropout, DoRA and the like, and where a module's own hooks have to run: ZeRO-3 gathers what a
     module owns when that module is called.
@@ -134,7 +137,7 @@ def flat_linear(module: nn.Module, dtype: torch.dtype) -> tuple[LinearSpec, tupl
     base: Any = module.get_base_layer() if isinstance(module, FusedLora) else module
     if not isinstance(base, (QuantizedLinear, nn.Linear)) or base.bias is not None:
         return None
-    if isinstance(base, QuantizedLinear) and base.compute_dtype != dtype:
+    if isinstance(base, QuantizedLinear) and dtype not in (None, base.compute_dtype):
         return None
     if any(part._forward_pre_hooks or part._forward_hooks for part in (module, base)):
         return None

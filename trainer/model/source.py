@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.model.folder import resolve_folder
 from trainer.model.weights import (
     STALE_SUFFIX,
     build_on_meta,
     load_base_config,
     random_parameter,
-    resolve_folder,
     weight_files,
 )
 

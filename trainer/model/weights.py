@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.decilm import DeciLMConfig, recognise_decilm
+from trainer.model.folder import HUB_FILES, resolve_folder
 from trainer.model.shapes import SHAPES, published_shape
 
 MODEL_TYPES = ("llama", "mistral", DeciLMConfig.model_type)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
 # Llama-2's files on the hub still carry what older transformers kept of the rotary embedding.
 STALE_SUFFIX = "rotary_emb.inv_freq"
 RANDOM_CHUNK = {
@@ -31,33 +31,6 @@ RANDOM_CHUNK = {
 
 
 # --------------------------------------------------------------------------------------------------- config and folder
-
-
-def resolve_folder(model: ModelConfig, patterns: list[str] = HUB_FILES) -> Path:
-    """The local folder of ``model.path``: itself, or the hub's snapshot in the cache, downloaded where missing.
-
-    Raises:
-        UserError: neither a folder nor to be had from the hub.
-    """
-    path = Path(model.path).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UserError(
-            "model.path", f"no folder {model.path!r}", "a folder, or a hub id such as owner/name"
-        ) from error
-    except (OSError, ValueError) as error:  # the hub's errors are all one of these
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(
-            "model.path",
-            f"{model.path!r} is no folder, and the hub did not give it: {type(error).__name__}: {first_line}",
-            fix="check name, revision and network, or name a local folder; gated models want `hf auth login`",
-        ) from error
 
 
 def read_config(source: Path | str) -> PretrainedConfig:

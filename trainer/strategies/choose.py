@@ -5,35 +5,31 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import nn
 
 from trainer.config import RunConfig
 from trainer.errors import UserError
+from trainer.planner import open_kinds, plan
+from trainer.planning.job import Job, Kind
 from trainer.processes import Processes
 from trainer.strategies.base import Fingerprint, Strategy
 
 logger = logging.getLogger(__name__)
-Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-# Share of a GPU that weights, gradients and moments may take before they are cut, for activations need the rest; and of
-# the host that its processes' copies of what is saved may take: each copies all that is not cut.
-STATE_SHARE = 0.5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def build_strategy(config: RunConfig, model: nn.Module, processes: Processes, fingerprint: Fingerprint) -> Strategy:
-    """The recipe's strategy; `auto` takes the one that communicates least and leaves room for activations.
+def build_strategy(config: RunConfig, job: Job, processes: Processes, fingerprint: Fingerprint) -> Strategy:
+    """The recipe's strategy; `auto` takes the one that the planner finds fastest.
 
     Args:
-        model: on the meta device, dtypes and `requires_grad` final.
+        job: what the planner is asked about; equal on all processes.
         fingerprint: of a module's quantised bytes, None where there are none.
 
     Raises:
         UserError: the strategy does not go with this number of processes.
     """
-    kind = config.strategy.kind if config.strategy.kind != "auto" else choose_kind(config, model, processes)
+    kind = config.strategy.kind if config.strategy.kind != "auto" else choose_kind(job, processes)
     compute_dtype = getattr(torch, config.compute_dtype)
     scaling, offload = config.compute_dtype == "float16", config.strategy.offload == "optimizer"
     if kind == "single":
@@ -60,36 +56,25 @@ def build_strategy(config: RunConfig, model: nn.Module, processes: Processes, fi
     return Zero(processes, config, kind, fingerprint)
 
 
-def choose_kind(config: RunConfig, model: nn.Module, processes: Processes) -> Kind:
-    """`auto`: one process needs nothing; several replicate what fits half a GPU, and cut what does not."""
-    if config.strategy.offload == "all" or config.strategy.shard_size:
-        return "fsdp2"
-    if processes.world_size == 1:
-        return "single"
-    if processes.device.type != "cuda":
-        return "ddp"
-    room = processes.min(torch.cuda.get_device_properties(processes.device).total_memory)
+def choose_kind(job: Job, processes: Processes) -> Kind:
+    """`auto`: one process needs nothing; several replicate where that is faster and fits, and cut else."""
     host_room = processes.min(host_memory())
-    on_gpu, saved = state_bytes(model, config)
-    copies = saved * processes.local_world_size
-    kind: Kind = "ddp" if on_gpu <= STATE_SHARE * room and copies <= STATE_SHARE * host_room else "fsdp2"
-    logger.info(
-        "strategy.kind auto: %s (uncut, weights, gradients and moments take %.1f of a GPU's %.0f GiB, "
-        "the processes' copies for checkpoints %.1f of a host's %.0f)",
-        kind,
-        *(size / 2**30 for size in (on_gpu, room, copies, host_room)),
-    )
+    kinds = open_kinds(job, host_room if processes.device.type == "cuda" else None)
+    if len(kinds) > 1 and processes.device.type != "cuda":
+        return "ddp"
+    best = {kind: plan(job, [kind])[0] for kind in kinds}
+    kind = plan(job, kinds)[0].setting.kind
+    for other, candidate in best.items():
+        logger.info(
+            "strategy.kind auto: %s%s, %.0f tok/s a GPU, %.1f of %.0f GiB predicted with %s",
+            other,
+            " (taken)" if other == kind else "" if candidate.fits else " (does not fit)",
+            candidate.step.tokens_per_second,
+            candidate.needed / 2**30,
+            candidate.room / 2**30,
+            candidate.setting,
+        )
     return kind
-
-
-def state_bytes(model: nn.Module, config: RunConfig) -> tuple[int, int]:
-    """Bytes of an uncut model's weights, gradients and moments on a GPU, and of what a checkpoint saves of them."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    moments = sum(p.numel() for p in trained) * (2 if config.optim.name.endswith("8bit") else 8)
-    on_gpu = weights + gradients + (moments if config.strategy.offload == "none" else 0)
-    return on_gpu, gradients + moments
 
 
 def host_memory() -> int:

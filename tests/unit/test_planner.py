@@ -1,0 +1,399 @@
+"""The planner: predictions against real modules and measured runs, and what it chooses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.cli import main
+from trainer import loss
+from trainer.config import RunConfig
+from trainer.errors import EXIT_USER_ERROR, UserError
+from trainer.model.build import build_model
+from trainer.model.folder import read_sizes
+from trainer.model.load import load_model
+from trainer.model.recompute import decoder_layers, set_recompute
+from trainer.model.shapes import published_shape
+from trainer.planner import Candidate, plan
+from trainer.planning import memory
+from trainer.planning.hardware import GIB, find_gpu, gpu_at_hand
+from trainer.planning.host import checkpoint_bytes, predict_disk
+from trainer.planning.job import Job, Kind, Setting
+from trainer.planning.levels import LEVELS, LayerLevels, read_levels
+from trainer.planning.memory import predict_memory, saved_bytes
+from trainer.planning.shape import ModelShape
+from trainer.planning.speed import predict_step
+from trainer.preflight import checkpoint_bytes as real_checkpoint_bytes
+from trainer.preflight import result_bytes as real_result_bytes
+
+LLAMA_7B, LLAMA_70B, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf", "meta-llama/Meta-Llama-3-8B"
+LORA: dict[str, Any] = {"adapter": {"r": 16}}
+QLORA: dict[str, Any] = {**LORA, "quantization": {"type": "nf4"}}
+METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": QLORA}
+
+
+def job(
+    model: str, gpu: str = "H200", gpus: int = 1, packs: int = 16, fused: bool | None = None, **sections: Any
+) -> Job:
+    shape = published_shape(model)
+    assert shape is not None
+    fields: dict[str, Any] = {
+        "model": {"path": model, "init": "random"},
+        "data": {"train": [{"path": "rows.jsonl", "format": "messages"}]},
+        "train": {"global_batch": {"rows": packs}},
+    }
+    for name, section in sections.items():
+        fields[name] = {**fields.get(name, {}), **section}
+    return Job(RunConfig.model_validate(fields), ModelShape.build(shape), find_gpu(gpu), gpus, fused=fused)
+
+
+# ------------------------------------------------------------------------------------------------ against measured runs
+
+# README's table of strategies and the header of recipes/llama2-7b-qlora.yaml: one and four H200s, transformers' layers,
+# four packs of 4,096 tokens a GPU and step. Packs of a micro-batch, level, GiB, tok/s a GPU.
+MEASURED: list[tuple[str, dict[str, Any], int, Kind, int, str, float, float]] = [
+    (LLAMA_7B, QLORA, 1, "single", 4, "none", 69.2, 16464),
+    (LLAMA_7B, QLORA, 1, "single", 2, "full", 7.8, 9800),
+    (LLAMA_7B, QLORA, 4, "ddp", 4, "none", 69.5, 15965),
+    (LLAMA_7B, QLORA, 4, "fsdp2", 4, "none", 67.0, 15392),
+    (LLAMA_7B, {}, 4, "fsdp2", 4, "none", 85.6, 11932),
+    (LLAMA_7B, {}, 4, "zero3", 4, "none", 106.9, 11550),
+    (LLAMA_70B, QLORA, 4, "fsdp2", 1, "none", 104.2, 1662),
+    (LLAMA_70B, QLORA, 4, "fsdp2", 1, "full", 18.1, 1050),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "gpus", "kind", "packs", "level", "gib", "rate"), MEASURED)
+def test_measured_runs(
+    model: str, method: dict[str, Any], gpus: int, kind: Kind, packs: int, level: Any, gib: float, rate: float
+) -> None:
+    measured = job(model, gpus=gpus, packs=4 * gpus, fused=False, **method)
+    setting = Setting(kind, packs, read_levels(level, measured.shape.num_layers))
+    assert predict_memory(measured, setting).peak / GIB == pytest.approx(gib, rel=0.05)
+    assert predict_step(measured, setting).tokens_per_second == pytest.approx(rate, rel=0.08)
+
+
+# ------------------------------------------------------------------------------------------------ against real modules
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sizes that no two of are equal, and fewer key-value heads than queries."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 32, "num_hidden_layers": 3, "vocab_size": 300, "max_position_embeddings": 4096}
+    fields = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def small_job(small_model: Path, toy_recipe: Callable[..., RunConfig], **sections: Any) -> Job:
+    model = {"path": str(small_model), "init": "random", **sections.pop("model", {})}
+    config = toy_recipe(model=model, **sections)
+    return Job(config, ModelShape.build(read_sizes(config.model)), find_gpu())
+
+
+def kept_for_backward(layer: Any, rotary: Any, hidden: int, tokens: int) -> int:
+    """Bytes of the distinct tensors that live on for the backward of `layer`, its parameters left out."""
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    def keep(tensor: torch.Tensor) -> Kept:
+        kept.add(saved := Kept(tensor))
+        return saved
+
+    x = torch.randn(1, tokens, hidden, requires_grad=True)
+    tables = rotary(x, torch.arange(tokens)[None])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        output = layer(x, position_embeddings=tables, cu_seq_lens_q=torch.tensor([0, tokens]), max_length_q=tokens)
+    assert output.requires_grad
+    others = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *tables)}
+    storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in kept)}
+    return sum(size for pointer, size in storages.items() if pointer not in others)
+
+
+def more_on_a_cpu(small: Job, tokens: int) -> float:
+    """Float32 numbers that a CPU keeps of a layer, which has no fused kernels, beyond what a GPU does."""
+    shape, adapter = small.shape, small.config.adapter
+    linears = shape.linears(shape.mean_key_value)
+    more: float = shape.intermediate  # the activation of the gate
+    if adapter is None:
+        return tokens * (more + shape.query + 2 * shape.hidden)  # attention's layout, norms whose weight is trained
+    if adapter.dropout:
+        return tokens * (more + 0.75 * sum(rows for rows, _ in linears.values()))  # masks of floats, not of bytes
+    more += shape.query if "o_proj" in small.adapted else 0
+    # of DoRA three scales of each output, whatever the number of tokens: small, and left out of the plan
+    return tokens * more + 3 * adapter.dora * sum(columns for _, columns in linears.values())
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        LORA,
+        QLORA,
+        {"adapter": {"targets": ["q_proj", "v_proj"]}},
+        {"adapter": {"dropout": 0.1}},
+        {"adapter": {"dora": True}},
+    ],
+    ids=["full", "lora", "qlora", "some targets", "dropout", "dora"],
+)
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_what_a_layer_keeps(
+    sections: dict[str, Any], level: Any, small_model: Path, toy_recipe: Callable[..., RunConfig]
+) -> None:
+    small = replace(small_job(small_model, toy_recipe, **sections), fused=False)
+    model = load_model(small.config, torch.device("cpu")).model.train()
+    set_recompute(model, read_levels(level, 3))
+    causal_lm: Any = model.get_base_model() if small.config.adapter else model
+    shape, tokens = small.shape, 40
+    wanted = tokens * saved_bytes(small, "single", level)
+    if level == "none":
+        wanted += 4 * more_on_a_cpu(small, tokens)
+    found = kept_for_backward(decoder_layers(model)[1], causal_lm.model.rotary_emb, shape.hidden, tokens)
+    assert found == wanted
+
+
+def test_the_loss_works_in_chunks_of_the_size_that_is_planned() -> None:
+    assert memory.LOGITS_PER_CHUNK == loss.LOGITS_PER_CHUNK
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"train": {"param_dtype": "bfloat16"}, "optim": {"name": "adamw_8bit"}},
+    LORA,
+    {"adapter": {"r": 4, "targets": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}},
+    QLORA,
+    {"adapter": {"r": 8}, "quantization": {"double_quant": False}, "optim": {"name": "paged_adamw_32bit"}},
+    {"adapter": {"r": 8}, "quantization": {"type": "int8"}, "export": {"merge": True}},
+]
+
+
+@pytest.mark.parametrize("sections", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_checkpoints_and_result_are_those_of_the_real_model(
+    sections: dict[str, Any], dtype: str, small_model: Path, toy_recipe: Callable[..., RunConfig]
+) -> None:
+    small = small_job(small_model, toy_recipe, model={"dtype": dtype}, **sections)
+    model = build_model(small.config, torch.device("cpu")).model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    real = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = predict_memory(small, Setting("single", 1, read_levels("none", 3)))
+    assert small.trained_weights == trained
+    # scales of double quantisation come in blocks that such small matrices do not fill
+    assert found.weights == pytest.approx(real, rel=0.05 if small.config.quantization else 1e-9)
+    assert checkpoint_bytes(small) == pytest.approx(real_checkpoint_bytes(model, small.config), rel=1e-6)
+    disk = predict_disk(small)
+    assert disk.result + disk.merged == real_result_bytes(model, small.config)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [(LLAMA_7B, 6_738_415_616), (LLAMA_70B, 68_976_648_192), (LLAMA_3, 8_030_261_248)],
+)
+def test_weights_of_published_models(model: str, weights: int) -> None:
+    assert job(model).shape.weights == weights
+
+
+# ---------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "gpus"), [("single", 1), ("ddp", 4), ("fsdp2", 4), ("zero2", 8), ("zero3", 8)])
+@pytest.mark.parametrize("packs", [4, 64])
+def test_more_recomputed_never_needs_more_and_more_packs_never_less(
+    method: str, kind: Kind, gpus: int, packs: int
+) -> None:
+    one = job(LLAMA_3, gpus=gpus, packs=packs, **METHODS[method])
+    layers = one.shape.num_layers
+
+    def peak(micro_batch: int, levels: LayerLevels) -> float:
+        return predict_memory(one, Setting(kind, micro_batch, levels)).peak
+
+    for fast, lean in itertools.combinations(LEVELS, 2):
+        mixes = [{lean: number, fast: layers - number} for number in range(1, layers)]
+        found = [peak(2, LayerLevels.build(counts)) for counts in [{fast: layers}, *mixes, {lean: layers}]]
+        assert found == sorted(found, reverse=True)
+    for level in LEVELS:
+        # while there is more than one round: in a single one no gradients wait beside the activations
+        sizes = [peak(size, read_levels(level, layers)) for size in (1, 2, 4, 8) if packs // gpus > size]
+        assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputing_costs_time(method: str) -> None:
+    one = job(LLAMA_7B, **METHODS[method])
+    seconds = [predict_step(one, Setting("single", 2, read_levels(level, 32))).seconds for level in LEVELS]
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- choices
+
+
+def best(model: str, gpu: str, gpus: int, **sections: Any) -> Candidate:
+    return plan(job(model, gpu, gpus, **sections))[0]
+
+
+@pytest.mark.parametrize("gpu", ["RTX 4090", "A100", "H200"])
+def test_7b_qlora_fits_one_gpu_and_larger_ones_recompute_less(gpu: str) -> None:
+    chosen = best(LLAMA_7B, gpu, 1, **QLORA)
+    assert chosen.fits and chosen.setting.kind == "single"
+    if gpu == "H200":
+        assert chosen.setting == Setting("single", 4, read_levels("none", 32))
+
+
+def test_adapters_are_replicated_where_the_base_fits_and_cut_where_it_does_not() -> None:
+    assert best(LLAMA_7B, "H100", 4, **QLORA).setting.kind == "ddp"
+    assert best(LLAMA_70B, "H100", 8, **QLORA).setting.kind == "fsdp2"
+    assert best(LLAMA_7B, "H100", 8).setting.kind == "fsdp2"
+
+
+def test_70b_qlora_by_room() -> None:
+    chosen = {gpu: best(LLAMA_70B, *gpu, **QLORA) for gpu in [("H200", 1), ("H100", 1), ("H100", 4), ("H100", 8)]}
+    assert all(candidate.fits for candidate in chosen.values())
+    rates = [candidate.step.tokens_per_second for candidate in chosen.values()]
+    assert rates[1] == min(rates)  # one of 80 GB has to recompute most
+    assert not best(LLAMA_70B, "L40S", 1, **QLORA).fits
+
+
+def test_memory_left_over_buys_speed() -> None:
+    """Less of a GPU's memory: never faster, always within it, and mixes of levels fill the gaps between the levels."""
+    one = job(LLAMA_7B, **QLORA)
+    sizes = range(10, 60, 2)
+    found = [plan(replace(one, gpu=find_gpu("H200", float(size))))[0] for size in sizes]
+    rates = [float(f"{candidate.step.tokens_per_second:.3g}") for candidate in found]
+    assert rates == sorted(rates)
+    assert all(candidate.needed <= size * GIB for candidate, size in zip(found, sizes, strict=True))
+    assert any(len(candidate.setting.levels.counts) == 2 for candidate in found)
+
+
+def test_what_the_recipe_says_is_kept() -> None:
+    asked = {"micro_batch": 2, "recompute": {"full": 12, "none": 20}}
+    (only,) = plan(job(LLAMA_7B, **QLORA, train=asked))
+    assert only.setting == Setting("single", 2, LayerLevels.build({"full": 12, "none": 20}))
+    kinds = {c.setting.kind for c in plan(job(LLAMA_7B, gpus=4, **QLORA, strategy={"kind": "zero2"}))}
+    assert kinds == {"zero2"}
+
+
+def test_levels_that_do_not_add_up() -> None:
+    with pytest.raises(UserError, match="adds up to 31 layers") as caught:
+        plan(job(LLAMA_7B, train={"recompute": {"full": 11, "none": 20}}))
+    assert "train.recompute" in str(caught.value) and "32" in str(caught.value)
+
+
+def test_layers_of_transformers_are_not_offered_what_they_do_not_have() -> None:
+    levels = [c.setting.levels.counts for c in plan(job(LLAMA_7B))]
+    assert not any("norms" in counts for counts in levels)
+    assert any("norms" in c.setting.levels.counts for c in plan(job(LLAMA_7B, **QLORA)))
+
+
+# -------------------------------------------------------------------------------------------------------- hardware
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, "H100"),
+        ("NVIDIA GeForce RTX 4090", None, "RTX 4090"),
+        ("A100", None, "A100"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100"),
+        (None, 24.0, "RTX 4090"),
+        (None, 141.0, "H200"),
+    ],
+)
+def test_gpus_by_name_or_size(name: str | None, size: float | None, found: str) -> None:
+    assert find_gpu(name, size).name == found
+
+
+def test_a_gpu_of_no_table_is_as_fast_as_a_smaller_one() -> None:
+    unknown = gpu_at_hand("NVIDIA B300", 270 * GIB)
+    assert (unknown.name, unknown.memory, unknown.flops) == ("NVIDIA B300", 270 * GIB, find_gpu("H200").flops)
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {{path: {LLAMA_7B}}}\nquantization: {{type: nf4}}\nadapter: {{r: 16}}\n"
+        "data: {train: [{path: rows.jsonl, format: messages}]}\n"
+    )
+    return path
+
+
+def test_the_command_explains_its_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--gpu-memory", "24"]) == 0
+    text = capsys.readouterr().out
+    assert "1 x RTX 4090 (23.6 GiB)" in text and "chosen" in text and "too much" in text
+    assert "8 x 141 GB" in text
+    assert "no GPU is here" not in text
+
+
+def test_the_command_says_what_it_assumed(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.planning.hardware.read_gpu", lambda environ: None)
+    assert main(["plan", str(recipe)]) == 0
+    assert "1 x H100 (79.1 GiB), as no GPU is here and none was named" in capsys.readouterr().out
+
+
+def test_the_command_for_programs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--gpus", "4", "--gpu", "A100", "--json", "--train.max_steps", "100"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["hardware"]["gpus"] == 4
+    assert found["tokens"] == 100 * 65536
+    rate = found["chosen"]["tokens_per_second"]
+    assert found["hours"] == pytest.approx(100 * 65536 / (4 * rate) / 3600)
+    parts = found["chosen"]["memory"]
+    assert parts["peak"] == pytest.approx(sum(parts.values()) - parts["peak"] - parts["needed"])
+
+
+def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(recipe), "--gpu-memory", "24", "--model.path", LLAMA_70B]
+    assert main(words) == EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    assert "does not fit" in captured.out and "1 x 141 GB" in captured.out
+    assert "nothing fits 1 x RTX 4090" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "TPU"], "RTX 4090"),
+        (["--gpus", "3", "--strategy.shard_size", "2"], "shard_size"),
+        (["--gpus", "2", "--strategy.kind", "single"], "single"),
+        (["--model.path", "no/such/model/at/all"], "model.path"),
+    ],
+)
+def test_wrong_input(words: list[str], said: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--gpu-memory", "80", *words]) == EXIT_USER_ERROR
+    assert said in capsys.readouterr().err
+
+
+def test_tokens_and_time_once_the_data_are_prepared(
+    toy_recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy_recipe_file(train={"max_steps": None, "epochs": 2}, data={"pack_length": 120})  # of no other test
+    command = ["plan", str(recipe), "--gpu", "A100", "--json"]
+    assert main(command) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main(["preprocess", str(recipe), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]["splits"]["train"]
+    assert main(command) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert (before["tokens"], after["tokens"]) == (None, 2 * summary["tokens"])

@@ -1,0 +1,90 @@
+"""What a run needs beside its GPUs: memory of each host, and room on disk. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.planning import calibration
+from trainer.planning.job import SIZES, Job, Kind
+
+TENSORS_IN_HAND = 4  # of the base's that a process reads, converts and has ready (`trainer.model.prepare`)
+EIGHT_BIT_MOMENTS = 2.1  # bytes of both, as a checkpoint holds them
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the fullest host, by what they are.
+
+    Attributes:
+        processes: Python, torch and CUDA in each.
+        loading: tensors on their way; gone before training.
+        checkpoint: copies of what is being saved.
+        offload: what ``strategy.offload`` keeps there.
+    """
+
+    processes: float
+    loading: float
+    checkpoint: float
+    offload: float
+
+    @property
+    def peak(self) -> float:
+        """Of the two moments, loading and saving, the larger."""
+        return self.processes + max(self.loading, self.checkpoint + self.offload)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes.
+
+    Attributes:
+        checkpoints: those kept, the best, and the one being written.
+        result: adapter or model.
+        merged: the merged model.
+    """
+
+    checkpoints: float
+    result: float
+    merged: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.checkpoints + self.result + self.merged
+
+
+def predict_host(job: Job, kind: Kind) -> HostMemory:
+    """Of the host with most processes. A process copies what it saves to host memory: all that is not cut."""
+    shape, each = job.shape, job.gpus_on_host
+    largest = max(shape.vocab, shape.intermediate) * shape.hidden * SIZES[job.config.model.dtype]
+    state = job.trained_weights * (job.trained_size + job.moments_size)
+    shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind.startswith("zero") else 1
+    on_host = {"none": 0.0, "optimizer": state, "all": state + _base_bytes(job)}[job.config.strategy.offload]
+    return HostMemory(
+        processes=each * calibration.HOST_PROCESS,
+        loading=each * TENSORS_IN_HAND * largest,
+        checkpoint=each * state / shards,
+        offload=each * on_host / shards,
+    )
+
+
+def predict_disk(job: Job) -> Disk:
+    """Checkpoints that are kept at one time, and what the run leaves."""
+    config, shape = job.config, job.shape
+    checkpoint, size = config.checkpoint, SIZES[config.model.dtype]
+    num_kept = checkpoint.keep + 1 + checkpoint.keep_best if checkpoint.every_steps else 1
+    weights = job.trained_weights * job.trained_size
+    result = weights if config.adapter else shape.weights * size
+    merged = shape.weights * size if config.export.merge else 0
+    return Disk(num_kept * checkpoint_bytes(job), result, merged)
+
+
+def checkpoint_bytes(job: Job) -> float:
+    """Size of one: trained weights, moments and, for adapters, the PEFT copy beside them."""
+    weights = job.trained_weights * job.trained_size
+    per_weight = EIGHT_BIT_MOMENTS if job.config.optim.name.endswith("8bit") else job.moments_size
+    return weights * (2 if job.config.adapter else 1) + job.trained_weights * per_weight
+
+
+def _base_bytes(job: Job) -> float:
+    return job.shape.num_layers * job.layer_bytes + job.root_bytes if job.config.adapter else 0.0

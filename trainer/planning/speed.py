@@ -1,0 +1,178 @@
+"""How long a step takes on each GPU, and what of. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config import RecomputeLevel
+from trainer.planning import calibration
+from trainer.planning.job import Job, Kind, Setting
+from trainer.planning.memory import saved_bytes
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they go into, and the tokens that a GPU does in them.
+
+    Attributes:
+        matmuls: of forward and backward, attention's among them.
+        traffic: memory read and written beside them: norms, activation, rotary embedding, low-rank branch, loss.
+        recompute: all that is done a second time.
+        dequantize: of a quantised base, both ways.
+        communication: gathers and gradients that no computation hides, and processes waiting for one another.
+        optimizer: reading and writing weights, gradients and moments.
+        launching: waiting for the host to launch kernels, where the GPU is faster.
+        tokens: real ones, those of a pack that is there to fill a rank's turn left out.
+    """
+
+    matmuls: float
+    traffic: float
+    recompute: float
+    dequantize: float
+    communication: float
+    optimizer: float
+    launching: float
+    tokens: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: seconds for name, seconds in vars(self).items() if name != "tokens"}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Seconds that one layer, the mean of all, takes for one micro-batch on one GPU."""
+
+    matmuls: float
+    traffic: float
+    dequantize: float  # one pass
+    mlp_matmuls: float  # forward of gate and up
+    norms_traffic: float  # both norms and the activation, forward
+
+
+def predict_step(job: Job, setting: Setting) -> StepTime:
+    """Of one optimizer step under `setting`."""
+    shape, config, kind = job.shape, job.config, setting.kind
+    rounds = -(-job.packs_each // setting.micro_batch)
+    tokens = min(setting.micro_batch, job.packs_each) * config.data.pack_length
+    layer = _layer(job, kind, tokens)
+    fused = job.has_fused_layers(kind)
+    again = sum(count * _again(job, layer, level, fused) for level, count in setting.levels.counts.items())
+    head = (6 if config.adapter is None else 4) * shape.vocab * shape.hidden * job.trained_share * tokens
+    matmuls = shape.num_layers * layer.matmuls + head / _flops(job)
+    traffic = shape.num_layers * layer.traffic
+    dequantize = 2 * shape.num_layers * layer.dequantize
+    computing = matmuls + traffic + dequantize + again
+    launches = sum(count * calibration.LAUNCHES[level] for level, count in setting.levels.counts.items())
+    launching = max(0.0, launches * calibration.LAYER_SECONDS - computing)
+    exposed = rounds * _exposed_gathers(job, kind, computing + launching) + _exposed_gradients(job, kind, computing)
+    step = rounds * (computing + launching) + exposed
+    return StepTime(
+        matmuls=rounds * matmuls,
+        traffic=rounds * traffic,
+        recompute=rounds * again,
+        dequantize=rounds * dequantize,
+        communication=exposed + step * _waiting(job, kind),
+        optimizer=_optimizer(job, kind),
+        launching=rounds * launching,
+        tokens=config.packs_per_step * config.data.pack_length / job.num_gpus,
+    )
+
+
+def _flops(job: Job) -> float:
+    return job.gpu.flops * calibration.MATMUL_SHARE
+
+
+def _bandwidth(job: Job) -> float:
+    return job.gpu.bandwidth * calibration.BANDWIDTH_SHARE
+
+
+def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
+    shape, fused = job.shape, job.has_fused_layers(kind)
+    weights = shape.layer_weights
+    attended = min(job.attended, job.config.data.pack_length / 2)
+    attention = 3 * 4 * shape.query * attended
+    per_token = (6 if job.config.adapter is None else 4) * weights + 6 * job.layer_adapter_weights + attention
+    kept = saved_bytes(job, kind, "none")
+    passes = (calibration.FUSED_TRAFFIC if fused else calibration.UNFUSED_TRAFFIC) / 2  # of each byte kept
+    dense = weights * (job.linear_size + job.compute_size)
+    return _Layer(
+        matmuls=per_token * tokens / _flops(job),
+        traffic=passes * kept * tokens / _bandwidth(job),
+        dequantize=dense / _bandwidth(job) if job.config.quantization else 0.0,
+        mlp_matmuls=4 * shape.hidden * shape.intermediate * tokens / _flops(job),
+        norms_traffic=(4 * shape.hidden + 3 * shape.intermediate) * job.compute_size * tokens / _bandwidth(job),
+    )
+
+
+def _again(job: Job, layer: _Layer, level: RecomputeLevel, fused: bool) -> float:
+    """Seconds that a layer's second forward takes for one micro-batch."""
+    if level == "full":
+        forward = 1 / 2 if job.config.adapter else 1 / 3  # of matmuls: gradients of activations, and of weights
+        return forward * layer.matmuls + calibration.RECOMPUTED_TRAFFIC * layer.traffic + layer.dequantize
+    if level == "none" or (level == "norms" and not fused):
+        return 0.0
+    if level == "norms":
+        return layer.norms_traffic
+    share = layer.mlp_matmuls / layer.matmuls  # of its weights, and so of what is dequantised
+    down = 1.0 if fused else 1.5  # a checkpoint of the whole MLP multiplies by the third matrix too
+    return layer.norms_traffic + down * (layer.mlp_matmuls + 2 * share * layer.dequantize)
+
+
+def _exposed_gathers(job: Job, kind: Kind, computing: float) -> float:
+    """Seconds of a micro-batch in which nothing is computed because a layer's weights are still on their way."""
+    shape, num_layers = job.shape, job.shape.num_layers
+    on_host = job.config.strategy.offload == "all"
+    shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind == "zero3" else 1
+    if shards == 1 and not on_host:
+        return 0.0
+    size = job.layer_bytes if job.config.adapter else job.compute_size * shape.layer_weights
+    passes = 2 if job.config.strategy.reshard else 1
+    gather = passes * size * (shards - 1) / shards / _fabric(job, shards)
+    if on_host:
+        gather += passes * size / shards / calibration.HOST_LINK
+    return num_layers * max(0.0, gather - calibration.GATHER_OVERLAP * computing / num_layers)
+
+
+def _exposed_gradients(job: Job, kind: Kind, computing: float) -> float:
+    """Seconds of a step in which gradients are added up after the last backward."""
+    if job.num_gpus == 1:
+        return 0.0
+    passes = 1 if kind in ("fsdp2", "zero2", "zero3") else 2  # scattered, or added up everywhere
+    sent = passes * 4 * job.trained_weights * (job.num_gpus - 1) / job.num_gpus / _fabric(job, job.num_gpus)
+    return max(0.0, sent - calibration.GATHER_OVERLAP * 2 / 3 * computing)
+
+
+def _fabric(job: Job, group: int) -> float:
+    """Bytes/s each way of a GPU among `group` neighbours."""
+    if group > job.gpus_per_host:
+        return calibration.BETWEEN_HOSTS
+    return job.gpu.fabric * calibration.FABRIC_SHARE
+
+
+def _waiting(job: Job, kind: Kind) -> float:
+    if job.num_gpus == 1:
+        return 0.0
+    gathers = calibration.GATHERING if kind in ("fsdp2", "zero3") else 0.0
+    return calibration.WAITING + gathers + (calibration.ZERO_3 if kind == "zero3" else 0.0)
+
+
+def _optimizer(job: Job, kind: Kind) -> float:
+    """Weights and moments are read and written, gradients read twice (for their norm too)."""
+    shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind.startswith("zero") else 1
+    weights = job.trained_weights / shards
+    if job.config.strategy.offload != "none":
+        return weights / calibration.HOST_ADAM + 2 * weights * job.trained_size / calibration.HOST_LINK
+    moved = 2 * job.trained_size + 2 * job.moments_size + 2 * job.trained_size
+    return weights * moved / _bandwidth(job)

@@ -1,0 +1,222 @@
+"""Micro-batch and recompute levels of a run: predicted, confirmed by measuring, lowered where both were wrong.
+
+Memory grows linearly with the tokens of a micro-batch (packed attention builds no mask), so two small batches foretell
+a large one. Trying the large one instead would end in running out of memory, after which a sharded model, some of
+whose processes wait in a collective, cannot go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from trainer.checkpoint.layout import RunDir, write_atomically
+from trainer.config import RunConfig
+from trainer.data.recall import DataFacts
+from trainer.data.sampler import Pack, collate
+from trainer.data.types import IGNORE_INDEX, PackedRows
+from trainer.errors import UserError
+from trainer.model.recompute import has_fused_layers
+from trainer.planner import Candidate, needed_bytes, plan, price
+from trainer.planning.hardware import CPU, gpu_at_hand
+from trainer.planning.job import Job, Kind, Setting
+from trainer.planning.levels import LayerLevels, read_levels
+from trainer.planning.shape import ModelShape
+from trainer.processes import Processes
+from trainer.strategies.base import Strategy
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+PROBE_TOKENS = (256, 1024)
+TRAINED_IN_PROBE = 128  # tokens, the same in both: the loss works in chunks of a fixed size ...
+CHUNK_BYTES = 2**30  # ... whose logits, as float32 and in 16 bit, with their gradient stay below this
+BACK_OFF = 0.9  # of the memory that ran out, at most, is what a run goes on with
+
+
+def describe_job(config: RunConfig, model: nn.Module, processes: Processes, data: DataFacts | None = None) -> Job:
+    """What the planner is asked about this run; the same on all processes, whose GPUs may differ in size."""
+    gpu = CPU
+    if processes.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(processes.device)
+        gpu = gpu_at_hand(processes.from_first(properties.name), processes.min(properties.total_memory))
+    model_config = getattr(model, "config")  # noqa: B009, of a PreTrainedModel or PeftModel
+    shape = ModelShape.build(model_config.to_dict())
+    fused = has_fused_layers(model)
+    job = Job(config, shape, gpu, processes.world_size, processes.local_world_size, fused)
+    return replace(job, trained_share=data.trained_share, attended=data.attended) if data else job
+
+
+def open_sizes(job: Job, strategy: Strategy, run: RunDir) -> list[Candidate]:
+    """The planner's candidates for a strategy, less those that need as much as ran out of memory in this run dir."""
+    kind = cast(Kind, strategy.name)
+    candidates = plan(job, [kind])
+    failed = strategy.processes.from_first(_read_failure(run) if strategy.processes.is_first else None)
+    if failed is None or (failed["strategy"], failed["world_size"]) != (kind, job.num_gpus):
+        return candidates
+    limit = BACK_OFF * price(job, Setting.load(kind, failed)).memory.peak
+    leaner = [candidate for candidate in candidates if candidate.memory.peak <= limit]
+    if leaner:
+        logger.info("memory ran out with %s: takes less", Setting.load(kind, failed))
+    return leaner or candidates
+
+
+def begin_with(saved: Mapping[str, Any], candidates: list[Candidate], job: Job) -> list[Candidate]:
+    """`candidates` with the sizes of a checkpoint in front, if they are still open.
+
+    Args:
+        saved: what `Setting.saved` gave; levels that the recipe names now count more.
+    """
+    kind, asked = candidates[0].setting.kind, job.config.train.recompute
+    setting = Setting.load(kind, saved)
+    if asked != "auto":
+        setting = replace(setting, levels=read_levels(asked, job.shape.num_layers))
+    before = price(job, setting)
+    largest = max(candidate.memory.peak for candidate in candidates)
+    return [before, *candidates] if before.memory.peak <= largest else candidates
+
+
+def _read_failure(run: RunDir) -> dict[str, Any] | None:
+    try:
+        return json.loads(run.out_of_memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class Sizes:
+    """What a run trains with now, and what is left to fall back to.
+
+    Args:
+        candidates: in the planner's order.
+        set_levels: puts levels into the model.
+
+    Attributes:
+        setting: the one in force.
+    """
+
+    def __init__(self, candidates: list[Candidate], set_levels: Callable[[LayerLevels], None]) -> None:
+        self._candidates, self._set_levels = candidates, set_levels
+        self._has_backed_off = False
+        self._take(candidates[0])
+
+    @property
+    def setting(self) -> Setting:
+        return self._current.setting
+
+    @property
+    def prediction(self) -> dict[str, float]:
+        """What the planner says of them: GiB and tokens a second of a GPU."""
+        memory, step = self._current.memory, self._current.step
+        return {"predicted_gib": memory.peak / GIB, "predicted_tokens_per_second": step.tokens_per_second}
+
+    def confirm(self, strategy: Strategy, packs: PackedRows, packs_each: int, pack_length: int) -> None:
+        """Measures candidates on the real model, the fastest first, until one fits on every process.
+
+        Args:
+            packs_each: packs of a global batch that one process computes.
+
+        Raises:
+            UserError: not even the leanest fits.
+        """
+        total = strategy.processes.min(torch.cuda.get_device_properties(strategy.device).total_memory)
+        strategy.module.train()
+        strategy.allocate_optimizer()
+        while True:
+            setting, predicted = self.setting, self._current.memory.peak
+            measured = _measure(strategy, packs, packs_each, setting.micro_batch * pack_length)
+            excess = needed_bytes(measured, setting.kind) - total
+            text = "%s: predicted %.1f GiB, measured %.1f, of %.0f"
+            logger.info(text, setting, *(size / GIB for size in (predicted, measured, total)))
+            if excess <= 0:
+                return
+            if (leaner := self._leaner_than(predicted - excess)) is None:
+                raise _too_large(setting, measured, total)
+            self._take(leaner)
+
+    def back_off(self, found: float) -> str | None:
+        """Takes the fastest candidate that needs clearly less than the one whose memory ran out; once in a run.
+
+        Args:
+            found: most bytes that were allocated before it ran out.
+
+        Returns:
+            What happened, for the log; None where nothing is left to take.
+        """
+        failed = self._current
+        leaner = self._leaner_than(BACK_OFF * failed.memory.peak)
+        if leaner is None or self._has_backed_off:
+            return None
+        self._has_backed_off = True
+        self._take(leaner)
+        return (
+            f"out of memory with {failed.setting}: predicted {failed.memory.peak / GIB:.1f} GiB, found more than "
+            f"{found / GIB:.1f}; goes on with {leaner.setting}"
+        )
+
+    def note_failure(self, run: RunDir, world_size: int) -> None:
+        """Keeps the sizes with which memory ran out for good, so that the next start stays below them."""
+        setting = self.setting
+        failed = {"strategy": setting.kind, "world_size": world_size, **setting.saved}
+        write_atomically(run.out_of_memory, json.dumps(failed) + "\n")
+
+    def _leaner_than(self, peak: float) -> Candidate | None:
+        return next((c for c in self._candidates if c.memory.peak <= min(peak, self._current.memory.peak - 1)), None)
+
+    def _take(self, candidate: Candidate) -> None:
+        self._current = candidate
+        self._set_levels(candidate.setting.levels)
+
+
+def _too_large(setting: Setting, measured: float, total: float) -> UserError:
+    return UserError(
+        "train.micro_batch",
+        f"{setting} takes some {measured / GIB:.1f} GiB, and this GPU has {total / GIB:.1f}",
+        fix="lower data.pack_length, quantise the base (quantization: {type: nf4}), cut it over more GPUs "
+        "(strategy.kind: fsdp2), or take optim.name: adamw_8bit; packtrain plan says what would fit",
+    )
+
+
+def _measure(strategy: Strategy, packs: PackedRows, packs_each: int, tokens: int) -> float:
+    """Bytes that a micro-batch of `tokens` tokens will allocate at most on any process, by two smaller ones."""
+    small, large = (_peak(strategy, packs, probed, packs_each) for probed in PROBE_TOKENS)
+    per_token = (large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
+    return large + per_token * max(0, tokens - PROBE_TOKENS[1]) + CHUNK_BYTES
+
+
+def _peak(strategy: Strategy, packs: PackedRows, tokens: int, packs_each: int) -> float:
+    """Most bytes allocated on any process while `tokens` tokens a micro-batch go forward and backward."""
+    device = strategy.device
+    batch = collate([_cut(packs, tokens)])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    # Two, where a step has two: the second one's activations lie beside the first one's gradients.
+    strategy.forward_backward([batch] * min(2, packs_each), batch.num_trained_tokens)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    strategy.discard_gradients()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return strategy.processes.max(peak)
+
+
+def _cut(packs: PackedRows, tokens: int) -> Pack:
+    """Documents of the data, `tokens` tokens in all, of which the first few are trained."""
+    documents: Pack = []
+    missing = tokens
+    for index in itertools.cycle(range(len(packs))):
+        for ids, _ in packs[index]:
+            taken = ids[:missing]
+            missing -= len(taken)
+            documents.append((taken, [IGNORE_INDEX] * len(taken)))
+            if not missing:
+                first = documents[0][0]
+                documents[0] = (first, (first[:TRAINED_IN_PROBE] + [IGNORE_INDEX] * len(first))[: len(first)])
+                return documents
+    raise AssertionError("packs without tokens")
