@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-RecomputeLevel = Literal["none", "norms", "mlp", "full"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 RecomputeLevel = Literal["none", "norms", "mlp", "full"]  # what a decoder layer computes again in backward
 # SLURM's forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.

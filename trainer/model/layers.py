@@ -99,6 +99,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         parts: Parts,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         attention, rows = self.self_attn, hidden_states.squeeze(0)
@@ -107,7 +108,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         *heads, rows = QueryKeyValue.apply(rows, norm.weight, norm.eps, cos, sin, self.recompute, *parts.qkv)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in heads)
         attend: Any = PACKED_ATTENTION[attention.config._attn_implementation]
-        attended = attend(attention, q, k, v, scaling=attention.scaling, **kwargs)[0]
+        attended = attend(attention, q, k, v, attention_mask, scaling=attention.scaling, **kwargs)[0]
         rows = AddProjection.apply(attended.reshape(len(rows), -1), rows, *parts.output)
         rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, *parts.mlp)
         return rows.unsqueeze(0)
