@@ -30,8 +30,7 @@ from trainer.data.prepare import iter_split_examples
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import PacktrainError, UserError
-from trainer.export.base import EMBEDDING, HEAD, BaseTensors
-from trainer.export.merge import tokenizer_of_result
+from trainer.export.base import EMBEDDING, HEAD, BaseTensors, tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
 from trainer.export.validation import ValidationLoss, compare_losses, record_loss, validation_rows
