@@ -116,7 +116,6 @@ def write_model(
         file: {name: Spec(shapes[name], dtype) for name in names}
         for file, names in cut_into_shards(shapes, dtype).items()
     }
-
     entries: dict[str, dict[str, Any]] = {}
 
     def read_piece(piece: Piece, _: Buffer) -> torch.Tensor:
@@ -129,5 +128,6 @@ def write_model(
 
     with ShardWriter(folder, shards, entries.__setitem__) as writer:
         run_pipeline(writer.pieces(), [InTurn(read_piece), write, InTurn(writer.finish)], num_workers=2)
+    check()  # a signal that came with the last tensors: this thread was waiting
     write_index(folder, shards)
     return entries

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,8 +110,10 @@ def merge_adapter(
     progress = Progress({**merger.record(), "computed by": [*versions().items(), merger.device.type]})
     with folder_appears_when_complete(out, progress.can_go_on) as folder:
         progress.clear(folder)
-        merger.write_shards(folder, progress)
-        merger.write_configs(folder)
+        with ThreadPoolExecutor(1, "configs") as aside:  # reading a tokenizer takes long enough to be worth it
+            configs = aside.submit(merger.write_configs, folder)
+            merger.write_shards(folder, progress)
+            configs.result()
         report = MergeReport(
             out=out,
             base=plan.base_kind,
@@ -179,6 +182,7 @@ class Merger:
             with ShardWriter(folder, missing, note) as writer:
                 steps: list[Step | InTurn] = [read, InTurn(hash_base), merge, write, InTurn(finish)]
                 run_pipeline(writer.pieces(), steps, *self._workers(), self.device)
+            self._look()  # a signal that came with the last tensors: this thread was waiting
             self.content_hash = stream.content_hash()
         write_index(folder, shards)
         check_unchanged(self.base, self.content_hash, self.result)
@@ -247,14 +251,20 @@ class Merger:
 
     def _workers(self) -> tuple[int, int]:
         """How many tensors are under way at once, together smaller than the largest file; and bytes of the largest."""
-        shards = self.plan.shards.values()
-        file = max(sum(spec.nbytes for spec in specs.values()) for specs in shards)
-        written = max(spec.nbytes for specs in shards for spec in specs.values())
+        specs = {name: spec for held in self.plan.shards.values() for name, spec in held.items()}
+        file = max(sum(spec.nbytes for spec in held.values()) for held in self.plan.shards.values())
         buffer = max(map(self.base.saved_bytes, self.plan.sources.values()))
         if self.device.type == "cuda":
-            return max(1, min(MOST_ON_GPU, file // _pinned_bytes(max(buffer, written)))), _pinned_bytes(buffer)
-        on_the_way = 2 * written + QUANTIZING_BYTES if self.plan.quantization else BLOCK_BYTES
-        return max(1, min(len(os.sched_getaffinity(0)) + 2, file // (max(buffer, written) + on_the_way))), buffer
+            each = _pinned_bytes(max(buffer, *(spec.nbytes for spec in specs.values())))
+            return max(1, min(MOST_ON_GPU, file // each)), _pinned_bytes(buffer)
+        each = max(self._bytes_on_cpu(name, spec.nbytes) for name, spec in specs.items())
+        return max(1, min(len(os.sched_getaffinity(0)) + 2, file // each)), buffer
+
+    def _bytes_on_cpu(self, name: str, written: int) -> int:
+        """Memory that a tensor of so many bytes is made in."""
+        is_quantized = name.removesuffix(".weight") in self.plan.quantized
+        beside = 2 * written + QUANTIZING_BYTES if is_quantized else BLOCK_BYTES
+        return max(self.base.saved_bytes(self.plan.sources[name]), written) + beside
 
     def _merged(self, name: str, stored: torch.Tensor) -> Merged:
         """The tensor to write, with the heads that were trained; where it fits it lies where `stored` did.
@@ -267,10 +277,9 @@ class Merger:
         if name in adapter.replaced:
             return Merged(adapter.replaced[name].to(dtype).contiguous())
         quantized, pair = Fingerprint(), adapter.low_rank.get(module)
-        is_quantized = self.plan.quantization is not None and module in self.base.linears
-        device = self.device if pair or is_quantized else stored.device
+        device = self.device if pair or module in self.plan.quantized else stored.device
         weight = stored.to(device).to(dtype)  # as the frozen weights of the training
-        if is_quantized:
+        if module in self.plan.quantized:
             weight = self._dequantized(weight, quantized)
         if pair:
             weight = pair.merge_into(weight, dtype)

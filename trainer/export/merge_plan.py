@@ -29,7 +29,7 @@ class MergePlan:
         sources: tensor to write -> tensor of the base it comes from; they differ only where a tied head becomes one of
             its own.
         config: of the merged model; its size of vocabulary is the base's.
-        quantization: of the base that is merged onto; None onto the 16-bit one.
+        quantization: of the base that is merged onto; None onto the 16-bit one. quantized: the modules it is for.
     """
 
     def __init__(self, result: Result, base_kind: BaseKind) -> None:
@@ -40,6 +40,7 @@ class MergePlan:
         config = result.config
         self.quantization = config.quantization if config and base_kind == "dequantized" else None
         self.base_kind: BaseKind = "dequantized" if self.quantization else "original"
+        self.quantized = self.base.linears if self.quantization else set[str]()
         self.sources = {name: name for name in self.base.shapes}
         self.unties_head = _unties_head(self.base, self.adapter)
         if self.unties_head:

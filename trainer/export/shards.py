@@ -51,7 +51,7 @@ class ShardFile:
         text += b" " * (-len(text) % 8)
         text = len(text).to_bytes(8, "little") + text
         self._starts = {name: len(text) + start for name, start in starts.items()}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file, self._lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), Lock()
         self._hash, self._hashed = blake3(max_threads=blake3.AUTO), 0
         self._write(0, memoryview(text))
         self._take(text)
@@ -81,8 +81,9 @@ class ShardFile:
 
     def _write(self, start: int, data: memoryview) -> None:
         end, place = start + len(data), start
-        while place < end:
-            place += os.pwrite(self._file, data[place - start :], place)
+        with self._lock:  # the kernel lets one write at a time into a file, and has the others spin
+            while place < end:
+                place += os.pwrite(self._file, data[place - start :], place)
         if hasattr(os, "posix_fadvise"):  # what is not yet on its way to the disk goes now, not all at the end
             os.posix_fadvise(self._file, start, len(data), os.POSIX_FADV_DONTNEED)
 
