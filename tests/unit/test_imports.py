@@ -17,7 +17,7 @@ HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "bitsandbyte
 ROOMS = {"data", "model", "strategies", "checkpoint", "metrics", "watch"}
 SHARED_BY_ROOMS = {"trainer.data.types", "trainer.checkpoint.layout"}  # types and paths
 ONLY_IN = {
-    "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/verify.py"},
+    "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/as_trained.py"},
     "deepspeed": {"trainer/strategies/zero.py"},
     "vllm": {"trainer/vllm_engine.py"},
     "wandb": {"trainer/metrics/trackers.py"},

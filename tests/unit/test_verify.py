@@ -20,6 +20,7 @@ from trainer.config import RunConfig
 from trainer.data.masking import build_labels
 from trainer.data.prepare import load_split_examples
 from trainer.errors import PacktrainError, UserError
+from trainer.export.as_trained import AsTrained
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
 from trainer.generate import load_for_inference
@@ -131,10 +132,8 @@ class TestPlantedFaults:
         verify_export(run)
 
     def test_one_merge_skipped(self, run: Path, proven: Path) -> None:
-        from trainer.export.verify import Verifier
-
         with torch.no_grad():
-            untouched = Verifier(run / "merged").read_trained(f"base_model.model.{Q_PROJ}")
+            untouched = AsTrained(run / "merged").read(f"base_model.model.{Q_PROJ}")
         self.change(run, Q_PROJ, lambda _: untouched)
         self.catch(run, "q_proj.weight is the base's, although its adapter is not zero")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from trainer.export.merge_plan import BaseKind, MergePlan
 from trainer.export.pipeline import Buffer, InTurn, Step, run_pipeline
 from trainer.export.progress import Progress
 from trainer.export.serving import write_serving_files
-from trainer.export.shards import Piece, ShardWriter, write_index
+from trainer.export.shards import Piece, ShardWriter, Spec, write_index
 from trainer.generate import default_device
 from trainer.host_checks import versions
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -39,8 +40,8 @@ from trainer.model.quantized import Fingerprint, format_of
 
 logger = logging.getLogger(__name__)
 MOST_ON_GPU = 8  # tensors at once: enough for its copies and the disk's, and some 10 GiB of the GPU at the 70B shape
-BLOCK_BYTES = 2**24  # of a weight that is merged on a CPU, in float32
-QUANTIZING_BYTES = 24 * CHUNK  # held on a CPU beside a weight while it is quantised
+BLOCK_ELEMENTS = 2**22  # of a weight that are in float32 at a time on a CPU, or more than are
+LEAST_ROOM = 2**25  # bytes for the tensors of a small model, whose largest file is nothing beside the libraries
 
 
 @dataclass(frozen=True)
@@ -253,18 +254,19 @@ class Merger:
         """How many tensors are under way at once, together smaller than the largest file; and bytes of the largest."""
         specs = {name: spec for held in self.plan.shards.values() for name, spec in held.items()}
         file = max(sum(spec.nbytes for spec in held.values()) for held in self.plan.shards.values())
+        room = max(file, LEAST_ROOM)
         buffer = max(map(self.base.saved_bytes, self.plan.sources.values()))
         if self.device.type == "cuda":
             each = _pinned_bytes(max(buffer, *(spec.nbytes for spec in specs.values())))
-            return max(1, min(MOST_ON_GPU, file // each)), _pinned_bytes(buffer)
-        each = max(self._bytes_on_cpu(name, spec.nbytes) for name, spec in specs.items())
-        return max(1, min(len(os.sched_getaffinity(0)) + 2, file // each)), buffer
+            return max(1, min(MOST_ON_GPU, room // each)), _pinned_bytes(buffer)
+        each = max(self._bytes_on_cpu(name, spec) for name, spec in specs.items())
+        return max(1, min(len(os.sched_getaffinity(0)) + 2, room // each)), buffer
 
-    def _bytes_on_cpu(self, name: str, written: int) -> int:
-        """Memory that a tensor of so many bytes is made in."""
-        is_quantized = name.removesuffix(".weight") in self.plan.quantized
-        beside = 2 * written + QUANTIZING_BYTES if is_quantized else BLOCK_BYTES
-        return max(self.base.saved_bytes(self.plan.sources[name]), written) + beside
+    def _bytes_on_cpu(self, name: str, spec: Spec) -> int:
+        """Memory that a tensor is made in."""
+        is_quantized, elements = name.removesuffix(".weight") in self.plan.quantized, prod(spec.shape)
+        beside = 2 * spec.nbytes + 24 * min(elements, CHUNK) if is_quantized else 4 * min(elements, BLOCK_ELEMENTS)
+        return max(self.base.saved_bytes(self.plan.sources[name]), spec.nbytes) + beside
 
     def _merged(self, name: str, stored: torch.Tensor) -> Merged:
         """The tensor to write, with the heads that were trained; where it fits it lies where `stored` did.
