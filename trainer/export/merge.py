@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,13 @@ from trainer.export.merge_plan import BaseKind, MergePlan
 from trainer.export.pipeline import Buffer, InTurn, Step, run_pipeline
 from trainer.export.progress import Progress
 from trainer.export.serving import write_serving_files
-from trainer.export.shards import Piece, ShardWriter, Spec, write_index
+from trainer.export.shards import Piece, ShardWriter, write_index
 from trainer.generate import default_device
 from trainer.host_checks import versions
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from trainer.model.format import CHUNK
 from trainer.model.quantized import Fingerprint, format_of
 
 logger = logging.getLogger(__name__)
-MOST_ON_GPU = 8  # tensors at once: enough for its copies and the disk's, and some 10 GiB of the GPU at the 70B shape
-BLOCK_ELEMENTS = 2**22  # of a weight that are in float32 at a time on a CPU, or more than are
-LEAST_ROOM = 2**25  # bytes for the tensors of a small model, whose largest file is nothing beside the libraries
 
 
 @dataclass(frozen=True)
@@ -182,7 +176,7 @@ class Merger:
             missing = {file: specs for file, specs in shards.items() if file not in progress.notes}
             with ShardWriter(folder, missing, note) as writer:
                 steps: list[Step | InTurn] = [read, InTurn(hash_base), merge, write, InTurn(finish)]
-                run_pipeline(writer.pieces(), steps, *self._workers(), self.device)
+                run_pipeline(writer.pieces(), steps, *self.plan.workers(self.device), self.device)
             self._look()  # a signal that came with the last tensors: this thread was waiting
             self.content_hash = stream.content_hash()
         write_index(folder, shards)
@@ -250,24 +244,6 @@ class Merger:
         if progress.notes:
             logger.info("going on after %d of %d files", len(progress.notes), len(self.plan.shards))
 
-    def _workers(self) -> tuple[int, int]:
-        """How many tensors are under way at once, together smaller than the largest file; and bytes of the largest."""
-        specs = {name: spec for held in self.plan.shards.values() for name, spec in held.items()}
-        file = max(sum(spec.nbytes for spec in held.values()) for held in self.plan.shards.values())
-        room = max(file, LEAST_ROOM)
-        buffer = max(map(self.base.saved_bytes, self.plan.sources.values()))
-        if self.device.type == "cuda":
-            each = _pinned_bytes(max(buffer, *(spec.nbytes for spec in specs.values())))
-            return max(1, min(MOST_ON_GPU, room // each)), _pinned_bytes(buffer)
-        each = max(self._bytes_on_cpu(name, spec) for name, spec in specs.items())
-        return max(1, min(len(os.sched_getaffinity(0)) + 2, room // each)), buffer
-
-    def _bytes_on_cpu(self, name: str, spec: Spec) -> int:
-        """Memory that a tensor is made in."""
-        is_quantized, elements = name.removesuffix(".weight") in self.plan.quantized, prod(spec.shape)
-        beside = 2 * spec.nbytes + 24 * min(elements, CHUNK) if is_quantized else 4 * min(elements, BLOCK_ELEMENTS)
-        return max(self.base.saved_bytes(self.plan.sources[name]), spec.nbytes) + beside
-
     def _merged(self, name: str, stored: torch.Tensor) -> Merged:
         """The tensor to write, with the heads that were trained; where it fits it lies where `stored` did.
 
@@ -279,7 +255,7 @@ class Merger:
         if name in adapter.replaced:
             return Merged(adapter.replaced[name].to(dtype).contiguous())
         quantized, pair = Fingerprint(), adapter.low_rank.get(module)
-        device = self.device if pair or module in self.plan.quantized else stored.device
+        device = self.device if self.plan.is_computed(name) else stored.device
         weight = stored.to(device).to(dtype)  # as the frozen weights of the training
         if module in self.plan.quantized:
             weight = self._dequantized(weight, quantized)
@@ -315,8 +291,3 @@ def _check_space(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise UserError("--out", f"{existing} has {free / 2**30:.1f} GiB free", f"{num_bytes / 2**30:.1f} GiB or more")
-
-
-def _pinned_bytes(nbytes: int) -> int:
-    """What torch takes of the host's memory for a pinned tensor: the next power of two."""
-    return 1 << (nbytes - 1).bit_length()

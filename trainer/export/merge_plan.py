@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 import torch
@@ -17,9 +19,13 @@ from trainer.export.kv_heads import KVHeads
 from trainer.export.shards import Spec
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.model.decilm import as_llama
+from trainer.model.format import CHUNK
 
 logger = logging.getLogger(__name__)
 BaseKind = Literal["dequantized", "original"]
+MOST_ON_GPU = 8  # tensors at once: enough for its copies and the disk's, and some 10 GiB of the GPU at the 70B shape
+BLOCK_ELEMENTS = 2**22  # of a weight that are in float32 at a time on a CPU, or more than are
+LEAST_ROOM = 2**25  # bytes for the tensors of a small model, whose largest file is nothing beside the libraries
 
 
 class MergePlan:
@@ -107,8 +113,33 @@ class MergePlan:
             return getattr(torch, self.result.config.model.dtype)
         return self.base.saved_dtype(self.sources[name])
 
+    def is_computed(self, name: str) -> bool:
+        """Whether a tensor is more than a copy of the base's."""
+        module = name.removesuffix(".weight")
+        return module in self.quantized or module in self.adapter.low_rank
+
+    def workers(self, device: torch.device) -> tuple[int, int]:
+        """How many tensors are under way at once, all in the size of the largest file; and bytes of a buffer."""
+        specs = {name: spec for held in self.shards.values() for name, spec in held.items()}
+        file = max(sum(spec.nbytes for spec in held.values()) for held in self.shards.values())
+        room = max(file, LEAST_ROOM)
+        sizes = {name: max(self.base.saved_bytes(self.sources[name]), specs[name].nbytes) for name in specs}
+        if device.type == "cuda":
+            # Embeddings and head stay on the host, and need not fit: pinning memory takes its time.
+            buffer = _pinned_bytes(max((size for name, size in sizes.items() if self.is_computed(name)), default=1))
+            return max(1, min(MOST_ON_GPU, (room - 2 * max(sizes.values())) // buffer)), buffer
+        each = max(size + self._bytes_beside(name, specs[name]) for name, size in sizes.items())
+        return max(1, min(len(os.sched_getaffinity(0)) + 2, room // each)), max(sizes.values())
+
     def _spec(self, name: str) -> Spec:
         return Spec(tuple(self.kv_heads.shape(name, self.shape(name))), self.dtype(name))
+
+    def _bytes_beside(self, name: str, spec: Spec) -> int:
+        """Memory that a CPU needs beside a tensor while it makes it."""
+        elements = prod(spec.shape)
+        if name.removesuffix(".weight") in self.quantized:
+            return 2 * spec.nbytes + 24 * min(elements, CHUNK)
+        return 4 * min(elements, BLOCK_ELEMENTS)
 
     def _check_replaced(self, file: str) -> None:
         sizes = set()
@@ -137,3 +168,8 @@ def _unties_head(base: BaseTensors, adapter: Adapter) -> bool:
         return False
     head, embeddings = adapter.replaced.get(HEAD), adapter.replaced.get(EMBEDDING)
     return head is None or embeddings is None or not torch.equal(head, embeddings)
+
+
+def _pinned_bytes(nbytes: int) -> int:
+    """What torch takes of the host's memory for a pinned tensor: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()

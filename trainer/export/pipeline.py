@@ -27,19 +27,16 @@ class Buffer:
     """Host memory for one tensor at a time. Used again and again: the kernel's zeroing of new pages is not cheap.
 
     Args:
-        nbytes: of the largest tensor foreseen; a larger one still finds room.
+        nbytes: of the largest tensor that it is for; a larger one gets memory of its own.
         pinned: a GPU copies from and to it at its full rate.
     """
 
     def __init__(self, nbytes: int = 0, pinned: bool = False) -> None:
-        self._bytes, self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned), pinned
+        self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
     def room(self, nbytes: int) -> torch.Tensor:
         """``[nbytes]`` uint8, whatever it held before."""
-        if len(self._bytes) < nbytes:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # gone before the larger one is made
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-        return self._bytes[:nbytes]
+        return self._bytes[:nbytes] if nbytes <= len(self._bytes) else torch.empty(nbytes, dtype=torch.uint8)
 
 
 def run_pipeline(
