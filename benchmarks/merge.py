@@ -140,15 +140,16 @@ def measure(tool: str, source: Path, place: Path) -> dict[str, Any]:
 
 def measure_here(tool: str, source: Path, place: Path) -> None:
     """Runs one tool and prints seconds and GiB; imports and CUDA's start count for neither."""
-    if tool in ("packtrain", "peft"):
-        import peft
-        import torch
-        import transformers
+    # For the copies too: a virtual machine hands freed memory back to its host within seconds and then is slow to touch
+    # it again, so that whoever began at once would win.
+    import peft
+    import torch
+    import transformers
 
-        from trainer.export.merge import merge_adapter
+    from trainer.export.merge import merge_adapter
 
-        if torch.cuda.is_available():
-            torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).cpu()
+    if torch.cuda.is_available() and not tool.startswith("cop"):
+        torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).cpu()
     base, out = source / "base", place / "out"
     peak = Peak()
     started, cpu_before = time.perf_counter(), _cpu_seconds()
@@ -182,11 +183,10 @@ def _cpu_seconds() -> float:
 
 def _pinned(tool: str) -> float:
     """GiB of host memory that torch pinned for a GPU's copies, at most; whether RSS holds it is up to the driver."""
-    if not tool.startswith("cop"):
-        import torch
+    import torch
 
-        if torch.cuda.is_available():
-            return torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30
+    if torch.cuda.is_available() and not tool.startswith("cop"):
+        return torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30
     return 0.0
 
 
