@@ -7,12 +7,13 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+POLL_SECONDS = 0.1
 Step = Callable[[Any, Any], Any]  # an item and what the step before made of it
 
 
@@ -71,7 +72,11 @@ def run_pipeline(
 
     with ThreadPoolExecutor(num_workers, "worker") as pool:
         try:
-            for ended in [pool.submit(work) for _ in range(num_workers)]:
+            workers = [pool.submit(work) for _ in range(num_workers)]
+            # A signal's handler runs in the main thread alone, which does not wake for one that another thread got.
+            while wait(workers, POLL_SECONDS).not_done:
+                pass
+            for ended in workers:
                 ended.result()
         except BaseException as error:  # such as Ctrl-C
             turns.fail(-1, error)
