@@ -18,7 +18,7 @@ def merge(
     *,
     out: Path | None = None,
     base: Literal["dequantized", "original"] = "dequantized",
-    verify: Annotated[bool, Parameter(negative="")] = False,
+    verify: Annotated[bool, Parameter(negative="--no-verify")] = True,
 ) -> None:
     """Make one model of what was trained, tensor by tensor, on a GPU if there is one; after a kill it goes on.
 
@@ -27,9 +27,10 @@ def merge(
 
     Args:
         source: run dir (its best checkpoint, else the newest), a checkpoint of it, or an adapter in PEFT's format.
-        out: appears only when complete; default: merged/ in the run dir.
+        out: appears only when complete and proven; default: merged/ in the run dir.
         base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
-        verify: prove an adapter's merge as `packtrain verify` does, before its folder appears.
+        verify: prove an adapter's merge as `packtrain verify` does, and measure what it did to the validation loss,
+            before the folder appears.
     """
     from trainer.checkpoint.layout import RunDir
     from trainer.checkpoint.result import find_result

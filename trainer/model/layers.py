@@ -111,7 +111,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         attended = attend(attention, q, k, v, attention_mask, scaling=attention.scaling, **kwargs)[0]
         rows = AddProjection.apply(attended.reshape(len(rows), -1), rows, *parts.output)
         rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, *parts.mlp)
-        return rows.unsqueeze(0)
+        return torch.ops.aten._unsafe_view(rows, hidden_states.shape)  # FSDP2 hooks the output, and warns of views
 
     def _parts(self, hidden_states: torch.Tensor, **kwargs: Any) -> Parts | None:
         """What the nodes take; None where the modules have to compute."""
