@@ -18,8 +18,8 @@ FABRIC_SHARE = 0.75  # of a link's peak that collectives reach; estimate
 # How often forward and backward move all that autograd keeps of a layer beside the matmuls: norms, rotary embedding,
 # activation, rank-r products, residuals, and what attention of short documents waits for.
 FUSED_PASSES = 11.5  # of three nodes: the slope over tokens of level none
-UNFUSED_PASSES = 24.0  # of modules: 16,464 tok/s of a QLoRA that had no nodes yet
-FUSED_FORWARD, UNFUSED_FORWARD = 0.2, 0.75  # shares of these that are forward's: level full
+UNFUSED_PASSES = 21.3  # of modules: 16,464 tok/s of a QLoRA that had no nodes yet
+FUSED_FORWARD, UNFUSED_FORWARD = 0.2, 0.5  # shares of these that are forward's: level full
 LAYER_SECONDS = 0.6e-3  # of a layer whatever its tokens, on small kernels and their launch: level none at 4,096 tokens
 AGAIN_SECONDS = 2.2e-3  # more where the whole layer is computed again, by torch's checkpoint: level full there
 
