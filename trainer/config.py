@@ -432,6 +432,11 @@ class RunConfig(Part):
                 "train.float8 multiplies frozen weights, and without an adapter none is. "
                 "Add adapter: {method: lora}, or set it to false"
             )
+        if self.adapter and (self.adapter.dropout or self.adapter.dora):
+            broken.append(
+                "train.float8 needs whole layers, which adapter.dropout and adapter.dora take apart. "
+                "Set it to false, or dropout to 0 and dora to false"
+            )
         if self.strategy.kind == "zero3":
             broken.append(
                 "train.float8 needs whole layers, which strategy.kind: zero3 gathers module by module. "
