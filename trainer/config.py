@@ -225,6 +225,10 @@ class TrainConfig(Part):
         description="computed again in backward: none, norms and activation, mlp, or full layers; or so many layers of "
         "each from the bottom: {full: 12, none: 20}",
     )
+    float8: bool = Field(
+        False,
+        description="multiply frozen weights in float8 (rowwise e4m3); faster on Ada, Hopper and later, less exact",
+    )
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
     log_every: int = Field(1, ge=1, description="steps between log lines (metrics.jsonl has every step)")
     device: Literal["auto", "cpu"] = Field(
@@ -410,7 +414,7 @@ class RunConfig(Part):
                 f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
                 "lower micro_batch or raise global_batch"
             )
-        broken += self._strategy_rules() + self._slurm_rules()
+        broken += self._float8_rules() + self._strategy_rules() + self._slurm_rules()
         if self.export.merge and not self.adapter:
             broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
         if not self.data.packing and self.train.global_batch.tokens is not None:
@@ -418,6 +422,27 @@ class RunConfig(Part):
         if broken:
             raise ValueError("\n".join(broken))
         return self
+
+    def _float8_rules(self) -> list[str]:
+        if not self.train.float8:
+            return []
+        broken = []
+        if not self.adapter:
+            broken.append(
+                "train.float8 multiplies frozen weights, and without an adapter none is. "
+                "Add adapter: {method: lora}, or set it to false"
+            )
+        if self.adapter and (self.adapter.dropout or self.adapter.dora):
+            broken.append(
+                "train.float8 needs whole layers, which adapter.dropout and adapter.dora take apart. "
+                "Set it to false, or dropout to 0 and dora to false"
+            )
+        if self.strategy.kind == "zero3":
+            broken.append(
+                "train.float8 needs whole layers, which strategy.kind: zero3 gathers module by module. "
+                "Set it to false, or strategy.kind: fsdp2"
+            )
+        return broken
 
     def _strategy_rules(self) -> list[str]:
         kind, offload, optim = self.strategy.kind, self.strategy.offload, self.optim.name

@@ -1,14 +1,17 @@
-"""Sets the dial ``train.recompute`` on a model: what each decoder layer computes again in backward."""
+"""Sets on a model how its decoder layers compute: the dial ``train.recompute``, and matmuls in float8."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.errors import UserError
+from trainer.model.kernels.float8 import can_multiply
 from trainer.model.layers import FusedDecoderLayer
 from trainer.planning.levels import LayerLevels
 
@@ -38,3 +41,27 @@ def set_recompute(model: nn.Module, levels: LayerLevels) -> None:
         layer.gradient_checkpointing = level == "full"
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.recompute = level
+
+
+def use_float8(model: nn.Module, device: torch.device, compute_dtype: str) -> None:
+    """Lets every layer multiply its frozen weights in float8; on the CPU the same is emulated, as a rehearsal.
+
+    Raises:
+        UserError: the GPU cannot, not in `compute_dtype`, or layers compute by their modules.
+    """
+    if device.type == "cuda" and not can_multiply(device):
+        name = torch.cuda.get_device_name(device)
+        allowed = "GPUs of CUDA capability 8.9 or newer: Ada, Hopper and later"
+        raise UserError("train.float8", f"true on {name}", allowed, "set it to false")
+    if device.type == "cuda" and compute_dtype != "bfloat16":
+        fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
+        raise UserError("train.float8", f"true in {compute_dtype}", "bfloat16", fix)
+    if not has_fused_layers(model):
+        raise UserError(
+            "train.float8",
+            "true on layers that compute by their modules, one after the other",
+            "models without biases, adapters without dropout and DoRA, strategies other than zero3",
+            "set it to false, or adapter.dropout to 0 and adapter.dora to false",
+        )
+    for layer in decoder_layers(model):
+        layer.float8 = True
