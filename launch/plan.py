@@ -223,7 +223,7 @@ def _facts_table(report: Report) -> Any:
     table = new_table("", "", has_header=False)
     rows = {
         "strategy": chosen.setting.kind,
-        "micro-batch": f"{chosen.setting.micro_batch} packs",
+        "micro-batch": f"{chosen.setting.micro_batch} pack{'s' * (chosen.setting.micro_batch > 1)}",
         "recompute": str(chosen.setting.levels),
         "matmuls": f"{'float8 of frozen weights, else ' if job.config.train.float8 else ''}{job.config.compute_dtype}",
         "GPU": f"{chosen.memory.peak / GIB:.1f} GiB allocated; with CUDA, buffers and a margin "

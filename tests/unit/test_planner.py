@@ -361,7 +361,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_explains_its_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_explains_its_choice(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table folds words
     assert main(["plan", str(recipe), "--gpu-memory", "24"]) == 0
     text = capsys.readouterr().out
     assert "1 x RTX 4090 (23.6 GiB)" in text and "chosen" in text and "too much" in text

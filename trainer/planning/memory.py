@@ -66,7 +66,7 @@ def _moments(job: Job, setting: Setting, tokens: int, gradients: float) -> Itera
     below, first = 0.0, 0
     for level, count in setting.levels.counts.items():
         kept = tokens * saved_bytes(job, kind, level)
-        # Measured under `full` with torch 2.11: as much is there as of a layer that keeps all.
+        # Computed again as a whole, a layer keeps all for the moment (`trainer.model.recompute.set_recompute`).
         again: RecomputeLevel = "none" if level == "full" or not job.has_fused_layers(kind) else level
         whole, in_layer = tokens * saved_bytes(job, kind, again), _in_layer(job, kind, again, tokens)
         for layer in (first, first + count - 1):
