@@ -226,6 +226,12 @@ class TrainConfig(Part):
         "each from the bottom: {full: 12, none: 20}",
     )
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
+    keep_in_float8: bool = Field(
+        False, description="gate and up activations are kept for backward in float8, a scale a row; less exact"
+    )
+    offload_activations: bool = Field(
+        False, description="what waits for backward lies in host memory: for sequences too long for the GPU"
+    )
     log_every: int = Field(1, ge=1, description="steps between log lines (metrics.jsonl has every step)")
     device: Literal["auto", "cpu"] = Field(
         "auto", description="auto: GPUs where there are; cpu: a rehearsal on the CPU"
@@ -411,6 +417,11 @@ class RunConfig(Part):
                 "lower micro_batch or raise global_batch"
             )
         broken += self._strategy_rules() + self._slurm_rules()
+        if self.train.keep_in_float8 and (why := self._modules_compute()):
+            broken.append(
+                f"train.keep_in_float8 needs layers that compute as a whole, and {why} has their modules compute. "
+                "Set it to false"
+            )
         if self.export.merge and not self.adapter:
             broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
         if not self.data.packing and self.train.global_batch.tokens is not None:
@@ -418,6 +429,14 @@ class RunConfig(Part):
         if broken:
             raise ValueError("\n".join(broken))
         return self
+
+    def _modules_compute(self) -> str | None:
+        """Why a layer's linears are called one after the other."""
+        if self.strategy.kind == "zero3":
+            return "strategy.kind: zero3"
+        if self.adapter and self.adapter.dropout:
+            return "adapter.dropout"
+        return "adapter.dora" if self.adapter and self.adapter.dora else None
 
     def _strategy_rules(self) -> list[str]:
         kind, offload, optim = self.strategy.kind, self.strategy.offload, self.optim.name

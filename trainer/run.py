@@ -40,7 +40,7 @@ from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
-from trainer.model.recompute import set_recompute
+from trainer.model.recompute import keep_in_float8, offload_activations, set_recompute
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.planning.job import Job
@@ -125,6 +125,10 @@ def _train_together(
     check_data(splits.fingerprint, data)
     with watchdog.alone("fetching and building the model"):
         built = build_model(config, processes.device)
+    if config.train.keep_in_float8:
+        keep_in_float8(built.model)
+    if config.train.offload_activations:
+        offload_activations(built.model, processes.device)
     check_stop()
     if processes.is_first and not run.steps():
         check_disk_space(run.path, _bytes_to_write(config, built.model))

@@ -1,15 +1,18 @@
-"""Sets the dial ``train.recompute`` on a model: what each decoder layer computes again in backward."""
+"""Sets on a model what its decoder layers keep for backward, in what form and where: ``train.recompute`` and others."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.errors import UserError
 from trainer.model.layers import FusedDecoderLayer
+from trainer.model.offload import ActivationOffload
 from trainer.planning.levels import LayerLevels
 
 
@@ -38,3 +41,28 @@ def set_recompute(model: nn.Module, levels: LayerLevels) -> None:
         layer.gradient_checkpointing = level == "full"
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.recompute = level
+
+
+def keep_in_float8(model: nn.Module) -> None:
+    """Lets every layer that keeps gate and up for backward keep them in float8.
+
+    Raises:
+        UserError: layers compute by their modules.
+    """
+    if not has_fused_layers(model):
+        raise UserError(
+            "train.keep_in_float8",
+            "true on layers that compute by their modules, one after the other",
+            "models without biases, adapters without dropout and DoRA",
+            "set it to false",
+        )
+    for layer in decoder_layers(model):
+        layer.keep_in_float8 = True
+
+
+def offload_activations(model: nn.Module, device: torch.device) -> None:
+    """Lets what waits for backward lie in host memory, whatever the layers' levels."""
+    layers = decoder_layers(model)
+    offload = ActivationOffload(layers, device)
+    for layer in layers:
+        layer.offload = offload
