@@ -62,6 +62,8 @@ def test_scales_are_quantised_too_where_that_can_be(quantization: dict[str, Any]
         ({"train": {"micro_batch": 9, "global_batch": {"rows": 8}}}, "train.micro_batch is 9"),
         ({"train": {"global_batch": {"rows": 8, "tokens": 9}}}, "give either tokens or rows"),
         ({"train": {"global_batch": {}}}, "give either tokens or rows"),
+        ({"adapter": {"dropout": 0.1}, "train": {"keep_in_float8": True}}, "and adapter.dropout has their modules"),
+        ({"strategy": {"kind": "zero3"}, "train": {"keep_in_float8": True}}, "strategy.kind: zero3 has their modules"),
         ({"strategy": {"kind": "ddp", "offload": "all"}}, "ddp does not cut. Set strategy.kind: fsdp2 or zero3"),
         ({"strategy": {"offload": "optimizer"}, "optim": {"lr": 1e-4, "name": "adamw_8bit"}}, "is for GPUs. Set adamw"),
         ({"strategy": {"kind": "zero3", "shard_size": 8}}, "shard_size is for fsdp2"),

@@ -19,9 +19,17 @@ from trainer.data.types import PackedBatch
 from trainer.errors import UserError
 from trainer.loss import PackedCausalLM
 from trainer.model.load import load_model
-from trainer.model.offload import ActivationOffload
+from trainer.model.offload import PAGES_A_BLOCK, ActivationOffload
 from trainer.model.recompute import decoder_layers, keep_in_float8, set_recompute
+from trainer.model.shapes import published_shape
+from trainer.planner import plan
+from trainer.planning.hardware import CPU as CPU_AS_GPU
+from trainer.planning.hardware import find_gpu
+from trainer.planning.host import predict_host
+from trainer.planning.job import Job, Setting
 from trainer.planning.levels import read_levels
+from trainer.planning.memory import predict_memory, waiting_bytes
+from trainer.planning.shape import ModelShape
 
 CPU = torch.device("cpu")
 METHODS: dict[str, dict[str, Any]] = {
@@ -123,6 +131,38 @@ def test_host_memory_is_used_again(deep_recipe: Recipe) -> None:
     assert used.host_bytes == pinned
 
 
+@pytest.mark.parametrize("level", ["none", "norms", "full"])
+def test_the_plan_knows_what_lies_where(level: Any, deep_recipe: Recipe) -> None:
+    model = build(deep_recipe, "qlora")
+    levels = read_levels(level, LAYERS)
+    set_recompute(model, levels)
+    used = offload(model)
+    train(model, [batch(1, tokens=128)])  # a pack of the recipe
+    setting = Setting("single", 1, levels)
+    plain, asked = (planned(deep_recipe, "qlora", model, offload_activations=is_asked) for is_asked in (False, True))
+
+    on_host = predict_host(asked, "single", setting).activations
+    waiting = [predict_memory(one, setting).activations for one in (plain, asked)]
+
+    # pages that are not full, and small tensors that stay
+    assert on_host == pytest.approx(used.host_bytes, rel=0.3, abs=PAGES_A_BLOCK * PAGE)
+    assert predict_host(plain, "single", setting).activations == 0
+    assert waiting[0] - waiting[1] > on_host / 2  # a layer's come while the one above it computes
+
+
+def test_a_sequence_that_fits_no_gpu_fits_with_the_host(toy_recipe: Recipe) -> None:
+    shape = published_shape("meta-llama/Llama-2-7b-hf")
+    assert shape is not None
+    found = []
+    for is_asked in (False, True):
+        train = {"offload_activations": is_asked, "recompute": "auto", "micro_batch": "auto"}
+        sections = {**METHODS["qlora"], "model": {"dtype": "bfloat16"}, "data": {"pack_length": 393216}}
+        recipe = toy_recipe(**sections, train=train)
+        found.append(plan(Job(recipe, ModelShape.build(shape), find_gpu("H200")))[0])
+    assert [best.fits for best in found] == [False, True]
+    assert "none" not in found[1].setting.levels.counts, "more than the link to the host carries meanwhile"
+
+
 def test_evaluation_keeps_nothing(deep_recipe: Recipe) -> None:
     model = build(deep_recipe, "full")
     used = offload(model)
@@ -158,13 +198,19 @@ def test_float8_keeps_a_quarter_of_float32s_bytes(method: str, level: Any, toy_r
 
     saved, (own_losses, own) = before - kept_bytes(model), train(model, [batch(1)])
 
-    config = getattr(model, "config")  # noqa: B009
-    of_a_row = 2 * config.intermediate_size * (4 - 1) - 2 * 4  # less two scales
+    of_a_row = 2 * model.config.intermediate_size * (4 - 1) - 2 * 4  # less two scales
     assert saved == 2 * 96 * of_a_row
+    plain, asked = (planned(toy_recipe, method, model, keep_in_float8=is_asked) for is_asked in (False, True))
+    assert waiting_bytes(plain, "single", level) - waiting_bytes(asked, "single", level) == of_a_row
     assert own_losses[0].item() == losses[0].item()
     differences = {name: own[name] - gradient for name, gradient in gradients.items()}
     assert 1e-3 < norm(differences) / norm(gradients) < 0.03
     assert all(differences[name].norm() < 0.06 * gradient.norm() for name, gradient in gradients.items())
+
+
+def planned(recipe: Recipe, method: str, model: Any, **train: Any) -> Job:
+    """What the planner is asked about such a run."""
+    return Job(recipe(**METHODS[method], train=train), ModelShape.build(model.config.to_dict()), CPU_AS_GPU)
 
 
 def norm(gradients: dict[str, torch.Tensor]) -> float:
