@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from trainer.export.parity import ParityReport
@@ -15,6 +18,7 @@ def merge(
     *,
     out: Path | None = None,
     base: Literal["dequantized", "original"] = "dequantized",
+    verify: Annotated[bool, Parameter(negative="--no-verify")] = True,
 ) -> None:
     """Make one model of what was trained, tensor by tensor, on a GPU if there is one; after a kill it goes on.
 
@@ -23,8 +27,10 @@ def merge(
 
     Args:
         source: run dir (its best checkpoint, else the newest), a checkpoint of it, or an adapter in PEFT's format.
-        out: appears only when complete; default: merged/ in the run dir.
+        out: appears only when complete and proven; default: merged/ in the run dir.
         base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
+        verify: prove an adapter's merge as `packtrain verify` does, and measure what it did to the validation loss,
+            before the folder appears.
     """
     from trainer.checkpoint.layout import RunDir
     from trainer.checkpoint.result import find_result
@@ -47,7 +53,14 @@ def merge(
         if run_dir is None:
             raise UserError("--out", "not given, and the adapter lies in no run", "a folder that does not exist yet")
         out = run_dir.merged
-    report = merge_adapter(source, out, base)
+
+    def approve(folder: Path) -> None:
+        if verify:
+            from trainer.export.verify import verify_export
+
+            _print_proof(replace(verify_export(folder), folder=out))
+
+    report = merge_adapter(source, out, base, approve=approve)
     print(
         f"{report.out}: {report.tensors} tensors, {report.changed} changed, merged onto the {report.base} base, "
         f"{report.num_bytes / 2**30:.2f} GiB in {report.seconds:.1f} s"

@@ -24,7 +24,7 @@ NOT_BEFORE_THE_FIRST_STEP = ["matplotlib", "pandas", "datasets", "deepspeed"]
 ROOMS = {"data", "model", "strategies", "checkpoint", "metrics", "watch"}
 SHARED_BY_ROOMS = {"trainer.data.types", "trainer.checkpoint.layout"}  # types and paths
 ONLY_IN = {
-    "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/verify.py"},
+    "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/as_trained.py"},
     "deepspeed": {"trainer/strategies/zero.py"},
     "vllm": {"trainer/vllm_engine.py"},
     "wandb": {"trainer/metrics/trackers.py"},

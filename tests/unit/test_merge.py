@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from tests.unit.export_toys import make_run, peft_merge
+from tests.unit.test_decilm import random_weights, write_config
 from trainer.checkpoint.layout import (
     UNFINISHED,
     RunDir,
@@ -169,6 +170,35 @@ def sharded_run(tmp_path: Path, toy_recipe: Callable[..., RunConfig], sharded_ba
     """A run on the toy cut into many files."""
     model = {"path": str(sharded_base), "dtype": "float32"}
     return make_run(tmp_path / "run", toy_recipe(model=model, **CASES["qlora"]))
+
+
+@pytest.fixture(params=["nf4", "int8", "decilm"])
+def stoppable_run(request: pytest.FixtureRequest, tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> Path:
+    """A run whose merge has several files and more to do than to add: quantised bases, and heads to repeat."""
+    if request.param == "nf4":
+        return request.getfixturevalue("sharded_run")
+    if request.param == "int8":
+        base, sections = request.getfixturevalue("sharded_base"), CASES["int8"]
+    else:
+        base, sections = tmp_path / "sharded", CASES["qlora"]
+        write_decilm_in_files(base, request.getfixturevalue("toy_model_dir"))
+    return make_run(tmp_path / "run", toy_recipe(model={"path": str(base), "dtype": "float32"}, **sections))
+
+
+def write_decilm_in_files(folder: Path, toy: Path) -> None:
+    """A DeciLM with a file a layer."""
+    folder.mkdir()
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    tokenizer.save_pretrained(folder)
+    write_config(folder, len(tokenizer))
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in random_weights(len(tokenizer)).items():
+        number = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(f"model-{number}.safetensors", {})[name] = tensor
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_keeps_the_bases_shards(tmp_path: Path, sharded_run: Path) -> None:
@@ -453,6 +483,7 @@ def write_constants(folder: Path, toy: Path, num_files: int, layers: int) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+KILLS = 5
 KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -460,7 +491,7 @@ import torch
 from trainer.export.merge import merge_adapter
 
 torch.set_num_threads(1)
-run, folder = map(Path, sys.argv[1:])
+run, folder, number_of_kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
 def begin(out):
     if (pid := os.fork()) == 0:
@@ -473,28 +504,29 @@ def begin(out):
 pid, began = begin(folder / "whole")
 os.waitpid(pid, 0)
 seconds = time.monotonic() - began
-for number in range(8):  # each is killed at another moment of its merge
+for number in range(number_of_kills):  # each is killed at another moment of its merge
     pid, began = begin(folder / f"out{number}")
-    time.sleep(max(0, random.uniform(number, number + 1) / 8 * seconds - (time.monotonic() - began)))
-    os.kill(pid, signal.SIGKILL)
+    moment = random.uniform(number, number + 1) / number_of_kills * seconds
+    time.sleep(max(0, moment - (time.monotonic() - began)))
+    os.kill(pid, signal.SIGTERM if number % 2 else signal.SIGKILL)
     os.waitpid(pid, 0)
 """
 
 
-def test_killed_anywhere_a_merge_goes_on_and_makes_the_same_bytes(tmp_path: Path, sharded_run: Path) -> None:
-    merge_adapter(sharded_run, tmp_path / "wanted")
+def test_killed_anywhere_a_merge_goes_on_and_makes_the_same_bytes(tmp_path: Path, stoppable_run: Path) -> None:
+    merge_adapter(stoppable_run, tmp_path / "wanted")
     named = ("README.md", "manifest.json")  # these say the folder's name
     wanted = {file.name: file.read_bytes() for file in (tmp_path / "wanted").iterdir() if file.name not in named}
-    command = [sys.executable, "-c", KILL, str(sharded_run), str(tmp_path)]
+    command = [sys.executable, "-c", KILL, str(stoppable_run), str(tmp_path), str(KILLS)]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr
 
     unfinished = list(tmp_path.glob("out*.unfinished"))
     assert len(unfinished) >= 2
-    for number in range(8):
+    for number in range(KILLS):
         out = tmp_path / f"out{number}"
         if not out.exists():
-            merge_adapter(sharded_run, out)
+            merge_adapter(stoppable_run, out)
         assert find_damage(out) is None
         assert {name: (out / name).read_bytes() for name in wanted} == wanted
         assert {file.name for file in out.iterdir()} == {*wanted, *named}
@@ -505,10 +537,13 @@ class TestGoingOn:
     @pytest.fixture
     def stopped(self, tmp_path: Path, sharded_run: Path) -> Path:
         """The run, with an unfinished merge into out/ of which some files are whole."""
+        return self.stop(sharded_run, tmp_path / "out")
+
+    def stop(self, run: Path, out: Path) -> Path:
         with pytest.raises(Preempted):
-            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(12))
-        assert not (tmp_path / "out").exists()
-        return sharded_run
+            merge_adapter(run, out, check=raise_at(24))
+        assert not out.exists()
+        return run
 
     def went_on(self, run: Path, out: Path, base: Any = "dequantized") -> int:
         """Merges to the end; how many files were left as they were."""
@@ -521,9 +556,10 @@ class TestGoingOn:
         assert verify_export(out).merged_onto == base
         return sum(after[n].st_ino == before[n] and after[n].st_mtime_ns == times[n] for n in before)
 
-    def test_after_the_files_that_are_whole(self, stopped: Path, tmp_path: Path) -> None:
-        merge_adapter(stopped, tmp_path / "wanted")
-        whole = self.went_on(stopped, tmp_path / "out")
+    def test_after_the_files_that_are_whole(self, stoppable_run: Path, tmp_path: Path) -> None:
+        self.stop(stoppable_run, tmp_path / "out")
+        merge_adapter(stoppable_run, tmp_path / "wanted")
+        whole = self.went_on(stoppable_run, tmp_path / "out")
         assert 0 < whole < len(list((tmp_path / "out").glob("*.safetensors")))
         for file in (tmp_path / "wanted").glob("*.safetensors"):
             assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
@@ -542,7 +578,7 @@ class TestGoingOn:
         write_manifest(step, {**record, "base": {}})  # a run that knows no hash of its base
         file = sorted((tmp_path / "sharded").glob("*.safetensors"))[0]
         with pytest.raises(Preempted):
-            merge_adapter(stopped, tmp_path / "out", check=raise_at(12))
+            merge_adapter(stopped, tmp_path / "out", check=raise_at(24))
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
         assert self.went_on(stopped, tmp_path / "out") == 0
 
@@ -553,7 +589,7 @@ class TestGoingOn:
 
     def test_an_error_leaves_nothing(self, sharded_run: Path, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space"):
-            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(12, OSError(28, "No space left on device")))
+            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(24, OSError(28, "No space left on device")))
         assert not list(tmp_path.glob("out*"))
 
     def test_without_what_else_the_earlier_start_left(self, sharded_run: Path, tmp_path: Path) -> None:

@@ -312,8 +312,11 @@ def test_a_stop_anywhere_costs_nothing(
     assert (state["state"], state["step"]) == ("preempted", max(run.steps(), default=0))
     assert max(run.steps(), default=0) in (step, step - 1 if place == "save" else step)
     assert not run.merged.exists()
-    kept = ["merged.unfinished"] if place in ("hashing", "verifying") else []  # whole, and not yet proven
-    assert [folder.name for folder in run.path.glob("*.unfinished")] == kept
+    left = [folder.name for folder in run.path.glob("*.unfinished")]
+    if place in ("hashing", "verifying"):
+        assert left == ["merged.unfinished"]  # whole, and not yet proven
+    else:  # tensors that are under way while merging come to their end, and may make the only file whole
+        assert left == [] or (place == "merging" and left == ["merged.unfinished"])
     train(config, run.path)
     assert run.read_state()["state"] == "done" and not list(run.path.glob("*.unfinished"))
     assert summary(run) == uninterrupted[kind]

@@ -99,7 +99,7 @@ def test_no_step_is_trained_where_packed_documents_see_each_other(toy_recipe, tm
         return sound(*args, **kwargs)
 
     sound = attention.document_attention
-    monkeypatch.setattr(attention, "document_attention", over_the_row)
+    monkeypatch.setitem(attention.PACKED_ATTENTION, attention.BY_DOCUMENT, over_the_row)
     with pytest.raises(PacktrainError, match="packed_by_document lets packed documents see each other"):
         train(toy_recipe(adapter=LORA), tmp_path / "run")
     run = RunDir(tmp_path / "run")

@@ -94,22 +94,24 @@ def test_rounds_of_single_packs_last_as_short_as_they_can(costs: np.ndarray, wor
     assert rounds.max(axis=1).sum() == np.sort(costs)[::-1][::world_size].sum()
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 8]), st.integers(2, 4), st.integers(1, 6))
-@settings(max_examples=50, deadline=None)
-def test_steps_of_packed_rows_wait_less_than_in_stripes(
-    seed: int, world_size: int, micro_batch: int, rounds: int
-) -> None:
-    lengths = np.clip(np.random.default_rng(seed).lognormal(np.log(200), 0.9, 4000), 1, 2048).astype(np.int64)
-    packs = pack_sequences(lengths, 2048)
-    every_cost = np.add.reduceat(document_cost(lengths)[packs.rows], packs.offsets[:-1])
-    costs = every_cost[sample_order(len(packs), seed, 0)][: world_size * micro_batch * rounds]
-    stripes = [list(range(rank, len(costs), world_size)) for rank in range(world_size)]
-    striped = [[own[at : at + micro_batch] for at in range(0, len(own), micro_batch)] for own in stripes]
-    dealt = deal_to_all(costs, world_size, micro_batch)
-    waited = [round_costs(way, costs).max(axis=1).sum() for way in (dealt, striped)]
-    assert waited[0] <= waited[1]
-    totals = round_costs(dealt, costs).sum(axis=0)
-    assert totals.max() - totals.min() <= costs.max(), "nor does a rank have more to do in a whole step"
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_steps_of_packed_rows_wait_less_than_in_stripes(world_size: int, micro_batch: int) -> None:
+    """Taken together; a single step may happen to lie well in stripes."""
+    waited = np.zeros(2)
+    for seed in range(12):
+        lengths = np.clip(np.random.default_rng(seed).lognormal(np.log(200), 0.9, 4000), 1, 2048).astype(np.int64)
+        packs = pack_sequences(lengths, 2048)
+        every_cost = np.add.reduceat(document_cost(lengths)[packs.rows], packs.offsets[:-1])
+        costs = every_cost[sample_order(len(packs), seed, 0)][: world_size * micro_batch * 3]
+        stripes = [list(range(rank, len(costs), world_size)) for rank in range(world_size)]
+        striped = [[own[at : at + micro_batch] for at in range(0, len(own), micro_batch)] for own in stripes]
+        dealt = deal_to_all(costs, world_size, micro_batch)
+        least = costs.sum() / world_size  # where nobody waits
+        waited += [round_costs(way, costs).max(axis=1).sum() - least for way in (dealt, striped)]
+        totals = round_costs(dealt, costs).sum(axis=0)
+        assert totals.max() - totals.min() <= costs.max(), "nor does a rank have more to do in a whole step"
+    assert waited[0] < 0.7 * waited[1]
 
 
 def test_packs_that_cost_alike_are_dealt_in_turn() -> None:

@@ -13,13 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.cli import main
 from tests.unit.export_toys import make_run
 from tests.unit.test_merge import CASES, LORA, NF4
+from tests.unit.test_run import train
 from trainer.checkpoint.layout import find_damage, read_manifest, write_manifest
 from trainer.config import RunConfig
 from trainer.data.masking import build_labels
 from trainer.data.prepare import load_split_examples
 from trainer.errors import PacktrainError, UserError
+from trainer.export.as_trained import AsTrained
 from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
 from trainer.generate import load_for_inference
@@ -86,6 +89,37 @@ def test_adapter_too_small_for_the_dtype_is_no_silent_loss(
         verify_export(run)
 
 
+def test_an_int8_run_from_its_training_to_the_proof(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(toy_recipe(adapter=LORA, quantization={"type": "int8"}), tmp_path / "run")
+    assert main(["merge", str(run.path)]) == 0
+    said = capsys.readouterr().out
+    assert f"{run.merged} is the model that was trained" in said and "14 with an adapter" in said
+    assert "onto the base's quantised weights it was trained on" in (run.merged / "README.md").read_text()
+    assert main(["verify", str(run.path)]) == 0
+    assert "onto the dequantized base" in capsys.readouterr().out
+
+    shutil.rmtree(run.merged)
+    merge_adapter(run.path, tmp_path / "original", "original")
+    shutil.copytree(tmp_path / "original", run.merged)
+    manifest = read_manifest(run.merged)
+    quantization = {"type": "int8", "double_quant": False, "compute_dtype": "float32"}
+    write_manifest(run.merged, manifest | {"quantization": quantization, "merged_onto": "dequantized"})
+    assert main(["verify", str(run.path)]) == 1
+    assert "differ from PEFT's float32 merge" in capsys.readouterr().err
+
+
+def test_what_is_proven_wrong_while_merging_does_not_appear(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toy_recipe(model={"path": str(toy_model_dir), "dtype": "bfloat16"}, adapter=LORA)
+    run = make_run(tmp_path / "run", config, size=1e-4)
+    assert main(["merge", str(run)]) == 1
+    assert "bfloat16 is too coarse" in capsys.readouterr().err
+    assert not list(run.glob("merged*"))
+
+
 class TestPlantedFaults:
     """Each tampers with a proven folder and rewrites its manifest, so that the hashes do not give it away."""
 
@@ -131,10 +165,8 @@ class TestPlantedFaults:
         verify_export(run)
 
     def test_one_merge_skipped(self, run: Path, proven: Path) -> None:
-        from trainer.export.verify import Verifier
-
         with torch.no_grad():
-            untouched = Verifier(run / "merged").read_trained(f"base_model.model.{Q_PROJ}")
+            untouched = AsTrained(run / "merged").read(f"base_model.model.{Q_PROJ}")
         self.change(run, Q_PROJ, lambda _: untouched)
         self.catch(run, "q_proj.weight is the base's, although its adapter is not zero")
 

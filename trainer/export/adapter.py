@@ -67,10 +67,11 @@ class LowRank:
         merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
         a = self.a.to(weight.device, torch.float32)
         num_rows = max(LEAST_ROWS, _block_elements(weight.device) // weight.shape[1])
+        scratch = torch.empty(min(num_rows, len(weight)), weight.shape[1], dtype=torch.float32, device=weight.device)
         for start in range(0, len(weight), num_rows):
             rows = slice(start, start + num_rows)
             b = self.b[rows].to(weight.device, torch.float32)
-            block = torch.addmm(weight[rows].float(), b, a, alpha=self.scale)
+            block = scratch[: len(b)].copy_(weight[rows]).addmm_(b, a, alpha=self.scale)
             if self.magnitude is not None:
                 norm = torch.linalg.vector_norm(block, dim=1)
                 block *= (self.magnitude[rows].to(weight.device, torch.float32) / norm).unsqueeze(1)

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checkpoint.result import Result
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.export.adapter import Adapter
 from trainer.export.shards import cut_into_shards
+from trainer.model.adapter_files import ADAPTER_CONFIG
 from trainer.model.folder import resolve_folder
 from trainer.model.lora import decoder_linears
+from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import (
     STALE_SUFFIX,
     base_content_hash,
@@ -91,6 +96,10 @@ class BaseTensors:
         slice_dtype = self._handles[self.file_of[name]].get_slice(name).get_dtype()
         return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(slice_dtype, torch.float32)
 
+    def saved_bytes(self, name: str) -> int:
+        """Size of the tensor as it is stored."""
+        return prod(self.shapes[name]) * self.saved_dtype(name).itemsize
+
     def content_hash(self, check: Callable[[], None] = lambda: None) -> str:
         """blake3 of the base, as training recorded it; `check` is called before each file."""
         return base_content_hash(self.model, self.seed, check)
@@ -112,6 +121,30 @@ class BaseTensors:
     def _handles(self) -> dict[str, Any]:
         assert self.folder is not None
         return {file.name: safe_open(file, framework="pt") for file in weight_files(self.folder)}
+
+
+def base_of_result(result: Result, adapter: Adapter) -> BaseTensors:
+    """The base an adapter belongs to, by its run's recipe or else by its own config.
+
+    Raises:
+        UserError: the adapter names none.
+    """
+    if result.config:
+        return BaseTensors(result.config.model, result.config.train.seed)
+    path = adapter.config.get("base_model_name_or_path")
+    if not path:
+        file = str(result.folder / ADAPTER_CONFIG)
+        raise UserError(file, "base_model_name_or_path is empty", "the base's folder or hub id")
+    return BaseTensors(ModelConfig.model_validate({"path": path, "revision": adapter.config.get("revision")}))
+
+
+def tokenizer_of_result(result: Result, base: BaseTensors) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer trained with, and the name of the template to export with it."""
+    if result.config:
+        return load_tokenizer(result.config.model), result.config.data.template
+    own = (result.folder / "tokenizer_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(result.folder) if own else load_tokenizer(base.model)
+    return tokenizer, "tokenizer"
 
 
 def check_unchanged(base: BaseTensors, found: str, result: Result) -> None:

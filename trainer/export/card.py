@@ -158,7 +158,7 @@ def _training(record: dict[str, Any], config: RunConfig | None, run: RunDir | No
 def _merge(merged: MergeReport | None) -> Iterator[str]:
     if merged is None:
         return
-    weights = {"dequantized": "4-bit weights it was trained on, dequantised", "original": "16- or 32-bit weights"}
+    weights = {"dequantized": "quantised weights it was trained on, dequantised", "original": "16- or 32-bit weights"}
     yield f"Merged onto the base's {weights[merged.base]}: {merged.changed} of {merged.tensors} tensors changed"
     if merged.untrained:
         yield f"Modules whose adapter is zero: {merged.untrained}"

@@ -18,7 +18,7 @@ from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
 from trainer.export.card import write_card
 from trainer.export.kv_heads import KVHeads
-from trainer.export.pipeline import run_pipeline
+from trainer.export.pipeline import Buffer, InTurn, run_pipeline
 from trainer.export.shards import Piece, ShardWriter, Spec, cut_into_shards, write_index
 from trainer.recipe import load_recipe
 
@@ -106,8 +106,8 @@ def write_model(
     Args:
         shapes: by tensor name, in the order to write.
         dtype: cast to.
-        read: a tensor by name; called once for each, in order, on a thread of its own.
-        check: called before each tensor is written; what it raises ends the writing.
+        read: a tensor by name; called once for each, in order, one call at a time.
+        check: called before each tensor; what it raises ends the writing.
 
     Returns:
         The manifest's entries of the files.
@@ -116,19 +116,18 @@ def write_model(
         file: {name: Spec(shapes[name], dtype) for name in names}
         for file, names in cut_into_shards(shapes, dtype).items()
     }
+    entries: dict[str, dict[str, Any]] = {}
 
-    def checked(_: Piece, tensor: torch.Tensor) -> torch.Tensor:
+    def read_piece(piece: Piece, _: Buffer) -> torch.Tensor:
         check()
+        return read(piece.name).to(dtype)
+
+    def write(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+        writer.put(piece, tensor)
         return tensor
 
-    entries: dict[str, dict[str, Any]] = {}
-    writer = ShardWriter(folder, shards, entries.__setitem__)
-    run_pipeline(
-        items=writer.pieces(),
-        read=lambda piece, _: read(piece.name).to(dtype),
-        compute=checked,
-        write=writer.write,
-        num_buffers=2,
-    )
+    with ShardWriter(folder, shards, entries.__setitem__) as writer:
+        run_pipeline(writer.pieces(), [InTurn(read_piece), write, InTurn(writer.finish)], num_workers=2)
+    check()  # a signal that came with the last tensors: this thread was waiting
     write_index(folder, shards)
     return entries

@@ -20,8 +20,7 @@ from trainer.data.masking import load_template, stop_token_ids
 from trainer.data.templates import Template
 from trainer.errors import PacktrainError
 from trainer.export.adapter import read_adapter
-from trainer.export.base import BaseTensors
-from trainer.export.merge import base_of_result
+from trainer.export.base import BaseTensors, base_of_result
 from trainer.export.parity_rows import ParityRow, collect_rows
 from trainer.export.references import Score, score_adapted, score_base_of_merge, score_plain
 from trainer.export.verify import find_merged

@@ -77,6 +77,8 @@ def collect_rows(
     sources, limit = [], min(max_tokens, MAX_ROW_TOKENS)
     for split in SPLITS if config else ():
         assert config is not None
+        if split != "train" and not getattr(config.data.split, split):
+            continue
         found = list(islice(_rows_of(config, split, template, tokenizer, limit), MOST_ROWS - len(rows)))
         rows += found
         sources += [f"{len(found)} {split} rows"] if found else []

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from trainer.export.as_trained import AsTrained, base_name, build_peft
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors
 from trainer.export.streaming import build_empty, score_streamed
-from trainer.export.verify import Verifier, base_name, build_peft
 from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.vllm_job import Scores
@@ -47,13 +47,13 @@ def score_adapted(base: BaseTensors, adapter: Path, dtype: torch.dtype) -> Score
 
 def score_base_of_merge(folder: Path, dtype: torch.dtype) -> Score:
     """By the base that an adapter was merged onto, dequantised where it was."""
-    verifier = Verifier(folder)
+    trained = AsTrained(folder)
 
     def read(name: str) -> torch.Tensor:
-        return verifier.read_trained(name).to(dtype)
+        return trained.read(name).to(dtype)
 
     def score(rows: list[tuple[list[int], int]]) -> list[Scores]:
-        with verifier.peft_model.disable_adapter():
-            return score_streamed(verifier.peft_model, read, rows, verifier.device)
+        with trained.peft_model.disable_adapter():
+            return score_streamed(trained.peft_model, read, rows, trained.device)
 
     return score

@@ -1,19 +1,20 @@
-"""Safetensors files written tensor by tensor and hashed on the way, in the very bytes that the library would write."""
+"""Safetensors files in the very bytes that the library would write, filled by several threads and hashed on the way."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Self
 
 import torch
 from blake3 import blake3
 
-from trainer.checkpoint.layout import hash_file
 from trainer.model.weights import INDEX, SINGLE
 
 SHARD_BYTES = 4 * 2**30
@@ -33,35 +34,36 @@ class Spec:
 
 
 class ShardFile:
-    """One file to fill, fastest in the order in which its tensors lie.
+    """One file to fill: tensors are put in any order, by any thread, and hashed in the order in which they lie.
 
     Format: https://huggingface.co/docs/safetensors. Every tensor's place is known before the first one is.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
-        self.path = path
-        self._starts, end = {}, 0
+        starts, end = {}, 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for name in in_order(specs):
             start, end = end, end + specs[name].nbytes
-            self._starts[name] = start
+            starts[name] = start
             dtype, shape = DTYPES[specs[name].dtype], list(specs[name].shape)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._file = open(path, "wb")  # noqa: SIM115
+        text = len(text).to_bytes(8, "little") + text
+        self._starts = {name: len(text) + start for name, start in starts.items()}
+        self._file, self._lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), Lock()
         self._hash, self._hashed = blake3(max_threads=blake3.AUTO), 0
-        self._append(len(text).to_bytes(8, "little") + text)
-        self._starts = {name: self._hashed + start for name, start in self._starts.items()}
+        self._write(0, memoryview(text))
+        self._take(text)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts a tensor of the given shape and dtype, on the CPU, in its place."""
-        start, data = self._starts[name], bytes_of(tensor)
-        if start == self._hashed:
-            self._append(data)
-            return
-        self._file.seek(start)
-        self._file.write(data)
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a tensor of the given shape and dtype, on the CPU, in its place."""
+        self._write(self._starts[name], memoryview(bytes_of(tensor)))
+
+    def hash(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes in the tensor that comes next."""
+        assert self._starts[name] == self._hashed
+        self._take(bytes_of(tensor))
 
     def close(self) -> dict[str, Any]:
         """Makes the bytes survive a power cut.
@@ -69,17 +71,24 @@ class ShardFile:
         Returns:
             The manifest's entry of the file: size and blake3.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.seek(0, os.SEEK_END)
-        self._file.close()
-        # Whatever came out of its turn is not in the running hash, nor what came after it.
-        return {"bytes": size, "blake3": self._hash.hexdigest() if size == self._hashed else hash_file(self.path)}
+        os.fsync(self._file)
+        self.abandon()
+        return {"bytes": self._hashed, "blake3": self._hash.hexdigest()}
 
-    def _append(self, data: Any) -> None:
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        os.close(self._file)
+
+    def _write(self, start: int, data: memoryview) -> None:
+        end, place = start + len(data), start
+        with self._lock:  # the kernel lets one write at a time into a file, and has the others spin
+            while place < end:
+                place += os.pwrite(self._file, data[place - start :], place)
+        if hasattr(os, "posix_fadvise"):  # what is not yet on its way to the disk goes now, not all at the end
+            os.posix_fadvise(self._file, start, len(data), os.POSIX_FADV_DONTNEED)
+
+    def _take(self, data: Any) -> None:
         self._hash.update(data)
-        self._file.seek(self._hashed)
-        self._file.write(data)
         self._hashed += len(data)
 
 
@@ -93,11 +102,12 @@ class Piece:
 
 
 class ShardWriter:
-    """Fills the files of a folder one after the other.
+    """Fills the files of a folder; a context, which ends when all whole ones are on the disk.
 
     Args:
         shards: file name -> its tensors.
-        on_whole: told a file's name and its manifest's entry as soon as it is on the disk.
+        on_whole: told a file's name and its manifest's entry as soon as it is on the disk; in the order of `shards`, by
+            a thread of its own.
     """
 
     def __init__(
@@ -107,23 +117,42 @@ class ShardWriter:
         on_whole: Callable[[str, dict[str, Any]], None] = lambda file, entry: None,
     ) -> None:
         self.folder, self.shards, self.on_whole = folder, shards, on_whole
-        self._open: ShardFile | None = None
+        self._open: dict[str, ShardFile] = {}
+        self._lock, self._closer, self._closing = Lock(), ThreadPoolExecutor(1, "close"), list[Future[None]]()
 
     def pieces(self) -> Iterator[Piece]:
-        """What `write` is to be given, in the order it takes it."""
+        """What is to be put and finished, in order."""
         for file, specs in self.shards.items():
             names = in_order(specs)
             yield from (Piece(file, name, name == names[-1]) for name in names)
 
-    def write(self, piece: Piece, tensor: torch.Tensor) -> None:
-        """Puts the next piece in its place; with the last one its file is whole."""
-        if self._open is None:
-            self._open = ShardFile(self.folder / piece.file, self.shards[piece.file])
-        self._open.write(piece.name, tensor)
+    def put(self, piece: Piece, tensor: torch.Tensor) -> None:
+        """Writes a piece in its place; by any thread, in any order."""
+        with self._lock:
+            if piece.file not in self._open:
+                self._open[piece.file] = ShardFile(self.folder / piece.file, self.shards[piece.file])
+        self._open[piece.file].put(piece.name, tensor)
+
+    def finish(self, piece: Piece, tensor: torch.Tensor) -> None:
+        """Hashes the next of `pieces`, which has been put; behind the last one its file goes to the disk."""
+        self._open[piece.file].hash(piece.name, tensor)
         if piece.is_last:
-            entry = self._open.close()
-            self._open = None
-            self.on_whole(piece.file, entry)
+            self._closing.append(self._closer.submit(self._close, piece.file))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closer.shutdown()
+        for file in self._open.values():
+            file.abandon()
+        for closing in self._closing:
+            closing.result()
+
+    def _close(self, file: str) -> None:
+        with self._lock:
+            shard = self._open.pop(file)
+        self.on_whole(file, shard.close())
 
 
 def in_order(specs: Mapping[str, Spec]) -> list[str]:

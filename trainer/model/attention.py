@@ -58,7 +58,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Flash attention for documents of different lengths (``torch.nn.attention.varlen``).
+    """Flash attention for documents of different lengths.
 
     Args:
         query: ``[1, heads, tokens, head_dim]``; `key` and `value` the same, with fewer heads under GQA.
@@ -70,16 +70,15 @@ def varlen_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None or value.dtype == torch.float32 or value.shape[-1] % 8:
         return document_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs)
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Squeezed: the gradient of an index is a tensor of zeros with a copy in it.
-    # Float32 norms and rotary tables under autocast leave query and key in float32; the kernel wants one dtype.
-    # torch 2.11 has no `enable_gqa`, hence the repeated heads.
-    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, *_repeat_heads(query, key, value)))
-    behind = (-1, 0)  # everything behind, nothing ahead
+    # Squeezed: the gradient of an index is a tensor of zeros with a copy in it. Float32 norms and rotary tables under
+    # autocast leave query and key in float32; the kernel wants one dtype.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     cu, longest = cu_seq_lens_q, max_length_q
-    output = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=behind)
-    return output.unsqueeze(0), None  # type: ignore[union-attr]  # a pair only with return_aux
+    # What `torch.nn.attention.varlen.varlen_attn` calls, which in torch 2.11 takes no fewer heads of keys than of
+    # queries; the kernel does, so that they need not be repeated, and kept so.
+    forward = torch.ops.aten._flash_attention_forward
+    output = forward(q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scaling)[0]
+    return output.unsqueeze(0), None
 
 
 def document_attention(

@@ -125,7 +125,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         # a layer that is computed again has no use for it, nor has one without a backward
         in_float8 = self.keep_in_float8 and self.recompute != "full" and torch.is_grad_enabled()
         rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, in_float8, *parts.mlp)
-        return rows.unsqueeze(0)
+        return torch.ops.aten._unsafe_view(rows, hidden_states.shape)  # FSDP2 hooks the output, and warns of views
 
     def _parts(self, hidden_states: torch.Tensor, **kwargs: Any) -> Parts | None:
         """What the nodes take; None where the modules have to compute."""

@@ -186,6 +186,10 @@ class Fingerprint:
             self.total += _byte_sums(data)
             self.count += data.numel() * data.element_size()
 
+    def include(self, other: Fingerprint) -> None:
+        """Takes in what another one was given."""
+        self.total, self.count = self.total + other.total, self.count + other.count
+
     def all_reduce(self, group: dist.ProcessGroup) -> None:
         """Adds up with what the other processes of `group` took in; on the CPU."""
         sums = torch.tensor([*self.total.tolist(), self.count], dtype=torch.int64)

@@ -1,0 +1,50 @@
+"""The prompts on which two models are compared: of the run's own rows where its data is there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from jinja2 import TemplateError
+
+from trainer.checkpoint.result import Result
+from trainer.data.masking import load_template, render_prompt
+from trainer.data.prepare import iter_split_examples
+from trainer.data.templates import Template
+from trainer.data.types import Example
+from trainer.errors import UserError
+from trainer.export.base import BaseTensors, tokenizer_of_result
+
+logger = logging.getLogger(__name__)
+PROMPTS = ("The capital of France is", "Explain in one sentence why the sky is blue.", "1, 2, 3, 4,", "def add(a, b):")
+MAX_PROMPT_TOKENS = 64
+
+
+def collect_prompts(result: Result, base: BaseTensors) -> tuple[list[list[int]], str]:
+    """Prompts of the run's own rows, or fixed ones where there is no run or its data is gone."""
+    config = result.config
+    tokenizer, _ = tokenizer_of_result(result, base)
+    if config is not None:
+        try:
+            template = load_template(config.data.template, tokenizer)
+            split = "validation" if config.data.split.validation else "train"
+            rendered = _render_prompts(iter_split_examples(config, split, tokenizer), template, tokenizer)  # type: ignore[arg-type]
+            prompts = [ids[-MAX_PROMPT_TOKENS:] for ids in islice(rendered, len(PROMPTS))]
+            if prompts:
+                return prompts, f"prompts of the {split} rows"
+        except (UserError, OSError) as error:
+            logger.info("verifying on fixed prompts, as the run's data cannot be read: %s", error)
+    return [tokenizer(text).input_ids[:MAX_PROMPT_TOKENS] for text in PROMPTS], "fixed prompts"
+
+
+def _render_prompts(examples: Iterator[Example], template: Template, tokenizer: Any) -> Iterator[list[int]]:
+    """Their prompts, but for rows that the template refuses, which were not trained on either."""
+    for example in examples:
+        try:
+            ids = render_prompt(example, template, tokenizer)
+        except TemplateError:
+            continue
+        if ids:
+            yield ids
