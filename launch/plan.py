@@ -117,9 +117,13 @@ def _find_hardware(gpus: int | None, gpu_memory: float | None, name: str | None)
 
 def _job(config: RunConfig, gpu: Gpu, number: int, facts: DataFacts | None) -> Job:
     from trainer.model.folder import read_sizes
+    from trainer.planning.hardware import GPUS
     from trainer.planning.job import Job
     from trainer.planning.shape import ModelShape
 
+    if config.train.float8 and not gpu.float8:
+        able = ", ".join(known.name for known in GPUS if known.float8)
+        raise UserError("train.float8", f"true on {gpu.name}", able, "set it to false, or name another --gpu")
     if not _allows(config, number):
         shards = config.strategy.shard_size
         found = f"{number}, and " + (f"strategy.shard_size is {shards}" if shards else "strategy.kind is single")
@@ -221,6 +225,7 @@ def _facts_table(report: Report) -> Any:
         "strategy": chosen.setting.kind,
         "micro-batch": f"{chosen.setting.micro_batch} packs",
         "recompute": str(chosen.setting.levels),
+        "matmuls": f"{'float8 of frozen weights, else ' if job.config.train.float8 else ''}{job.config.compute_dtype}",
         "GPU": f"{chosen.memory.peak / GIB:.1f} GiB allocated; with CUDA, buffers and a margin "
         f"{chosen.needed / GIB:.1f} of {job.gpu.memory / GIB:.1f}{'' if chosen.fits else ': does not fit'}",
         "host": f"{host.peak / GIB:.1f} GiB of memory a host",

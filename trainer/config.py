@@ -225,6 +225,10 @@ class TrainConfig(Part):
         description="computed again in backward: none, norms and activation, mlp, or full layers; or so many layers of "
         "each from the bottom: {full: 12, none: 20}",
     )
+    float8: bool = Field(
+        False,
+        description="multiply frozen weights in float8 (rowwise e4m3); faster on Ada, Hopper and later, less exact",
+    )
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
     keep_in_float8: bool = Field(
         False, description="gate and up activations are kept for backward in float8, a scale a row; less exact"
@@ -416,12 +420,7 @@ class RunConfig(Part):
                 f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
                 "lower micro_batch or raise global_batch"
             )
-        broken += self._strategy_rules() + self._slurm_rules()
-        if self.train.keep_in_float8 and (why := self._modules_compute()):
-            broken.append(
-                f"train.keep_in_float8 needs layers that compute as a whole, and {why} has their modules compute. "
-                "Set it to false"
-            )
+        broken += self._float8_rules() + self._strategy_rules() + self._slurm_rules()
         if self.export.merge and not self.adapter:
             broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
         if not self.data.packing and self.train.global_batch.tokens is not None:
@@ -430,13 +429,26 @@ class RunConfig(Part):
             raise ValueError("\n".join(broken))
         return self
 
-    def _modules_compute(self) -> str | None:
-        """Why a layer's linears are called one after the other."""
-        if self.strategy.kind == "zero3":
-            return "strategy.kind: zero3"
-        if self.adapter and self.adapter.dropout:
-            return "adapter.dropout"
-        return "adapter.dora" if self.adapter and self.adapter.dora else None
+    def _float8_rules(self) -> list[str]:
+        broken = []
+        if self.train.float8 and not self.adapter:
+            broken.append(
+                "train.float8 multiplies frozen weights, and without an adapter none is. "
+                "Add adapter: {method: lora}, or set it to false"
+            )
+        for name in ("float8", "keep_in_float8"):
+            if getattr(self.train, name) and self.strategy.kind == "zero3":
+                broken.append(
+                    f"train.{name} needs whole layers, which strategy.kind: zero3 gathers module by module. "
+                    "Set it to false, or strategy.kind: fsdp2"
+                )
+            if getattr(self.train, name) and self.adapter and (self.adapter.dropout or self.adapter.dora):
+                field = "adapter.dropout" if self.adapter.dropout else "adapter.dora"
+                broken.append(
+                    f"train.{name} needs whole layers, and {field} has modules called one after the other. "
+                    f"Set it to false, or leave {field} out"
+                )
+        return broken
 
     def _strategy_rules(self) -> list[str]:
         kind, offload, optim = self.strategy.kind, self.strategy.offload, self.optim.name

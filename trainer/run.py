@@ -40,7 +40,7 @@ from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
-from trainer.model.recompute import keep_in_float8, offload_activations, set_recompute
+from trainer.model.recompute import keep_in_float8, offload_activations, set_recompute, use_float8
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.planning.job import Job
@@ -125,6 +125,8 @@ def _train_together(
     check_data(splits.fingerprint, data)
     with watchdog.alone("fetching and building the model"):
         built = build_model(config, processes.device)
+    if config.train.float8:
+        use_float8(built.model, processes.device, config.compute_dtype)
     if config.train.keep_in_float8:
         keep_in_float8(built.model)
     if config.train.offload_activations:
@@ -331,8 +333,9 @@ def _announce(
     if (world_size := strategy.processes.world_size) > 1:
         rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
         several = f", {_on(strategy.name, world_size)}{rehearsal}"
+    matmuls = ", float8 matmuls" if config.train.float8 else ""
     predicted = sizes.prediction if strategy.device.type == "cuda" else {}
-    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{several}", **predicted)
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{several}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:

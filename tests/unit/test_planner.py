@@ -20,7 +20,7 @@ from trainer.errors import EXIT_USER_ERROR, UserError
 from trainer.model.build import build_model
 from trainer.model.folder import read_sizes
 from trainer.model.load import load_model
-from trainer.model.recompute import decoder_layers, set_recompute
+from trainer.model.recompute import decoder_layers, has_fused_layers, set_recompute
 from trainer.model.shapes import published_shape
 from trainer.planner import Candidate, plan
 from trainer.planning import memory
@@ -57,28 +57,45 @@ def job(
 
 # ------------------------------------------------------------------------------------------------ against measured runs
 
-# README's table of strategies and the header of recipes/llama2-7b-qlora.yaml: one and four H200s, transformers' layers,
-# four packs of 4,096 tokens a GPU and step. Packs of a micro-batch, level, GiB, tok/s a GPU.
-MEASURED: list[tuple[str, dict[str, Any], int, Kind, int, str, float, float]] = [
-    (LLAMA_7B, QLORA, 1, "single", 4, "none", 69.2, 16464),
-    (LLAMA_7B, QLORA, 1, "single", 2, "full", 7.8, 9800),
-    (LLAMA_7B, QLORA, 4, "ddp", 4, "none", 69.5, 15965),
-    (LLAMA_7B, QLORA, 4, "fsdp2", 4, "none", 67.0, 15392),
-    (LLAMA_7B, {}, 4, "fsdp2", 4, "none", 85.6, 11932),
-    (LLAMA_7B, {}, 4, "zero3", 4, "none", 106.9, 11550),
-    (LLAMA_70B, QLORA, 4, "fsdp2", 1, "none", 104.2, 1662),
-    (LLAMA_70B, QLORA, 4, "fsdp2", 1, "full", 18.1, 1050),
+# One H200, torch 2.11, packs of 4,096 tokens of which 83% are trained, adamw. Packs of a micro-batch, of a step; level;
+# GiB that torch allocated at most, tok/s.
+BFLOAT16: dict[str, Any] = {"train": {"param_dtype": "bfloat16"}}
+FLOAT8: dict[str, Any] = {**QLORA, "train": {"float8": True}}
+MEASURED: list[tuple[dict[str, Any], int, int, str, float, float]] = [
+    (QLORA, 4, 8, "none", 69.8, 19560),
+    (QLORA, 4, 8, "norms", 51.2, 19232),
+    (QLORA, 4, 8, "mlp", 30.4, 16335),
+    (QLORA, 4, 8, "full", 11.3, 13439),
+    (QLORA, 2, 4, "none", 37.4, 19031),
+    (QLORA, 2, 4, "norms", 28.0, 18869),
+    (QLORA, 2, 4, "mlp", 17.3, 15912),
+    (QLORA, 2, 4, "full", 7.77, 12132),
+    (QLORA, 1, 2, "none", 21.1, 17439),
+    (QLORA, 1, 2, "norms", 16.4, 17289),
+    (QLORA, 1, 2, "mlp", 11.1, 14810),
+    (QLORA, 1, 2, "full", 6.02, 10269),
+    (LORA, 4, 4, "none", 78.6, 19306),
+    (BFLOAT16, 4, 4, "none", 103.7, 13706),
+    (FLOAT8, 4, 4, "none", 69.9, 27007),
 ]
 
 
-@pytest.mark.parametrize(("model", "method", "gpus", "kind", "packs", "level", "gib", "rate"), MEASURED)
-def test_measured_runs(
-    model: str, method: dict[str, Any], gpus: int, kind: Kind, packs: int, level: Any, gib: float, rate: float
-) -> None:
-    measured = job(model, gpus=gpus, packs=4 * gpus, fused=False, **method)
-    setting = Setting(kind, packs, read_levels(level, measured.shape.num_layers))
-    assert predict_memory(measured, setting).peak / GIB == pytest.approx(gib, rel=0.05)
-    assert predict_step(measured, setting).tokens_per_second == pytest.approx(rate, rel=0.08)
+@pytest.mark.parametrize(("method", "packs", "step", "level", "gib", "rate"), MEASURED)
+def test_measured_runs(method: dict[str, Any], packs: int, step: int, level: Any, gib: float, rate: float) -> None:
+    measured = replace(job(LLAMA_7B, packs=step, **method), trained_share=0.83)
+    setting = Setting("single", packs, read_levels(level, measured.shape.num_layers))
+    assert predict_memory(measured, setting).peak / GIB == pytest.approx(gib, rel=0.02)
+    assert predict_step(measured, setting).tokens_per_second == pytest.approx(rate, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("ddp", 0.97), ("fsdp2", 0.935)])
+def test_four_gpus_of_a_host_against_one(kind: Kind, share: float) -> None:
+    """Measured before layers were fused: 15,965 and 15,392 tok/s a GPU, 16,464 on one."""
+    rates = []
+    for setting_kind, gpus in (("single", 1), (kind, 4)):
+        setting = Setting(setting_kind, 4, read_levels("none", 32))  # type: ignore[arg-type]
+        rates.append(predict_step(job(LLAMA_7B, gpus=gpus, packs=4 * gpus, **QLORA), setting).tokens_per_second)
+    assert rates[1] / rates[0] == pytest.approx(share, abs=0.015)
 
 
 # ------------------------------------------------------------------------------------------------ against real modules
@@ -124,20 +141,25 @@ def kept_for_backward(layer: Any, rotary: Any, hidden: int, tokens: int) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in others)
 
 
-def more_on_a_cpu(small: Job, tokens: int) -> float:
-    """Float32 numbers that a CPU keeps of a layer, which has no fused kernels, beyond what a GPU does."""
+def more_on_a_cpu(small: Job, level: str, tokens: int) -> float:
+    """Float32 numbers that a CPU keeps of a layer beyond what a GPU does: attention by document repeats keys and values
+    for every query, and lays its output out anew.
+    """
     shape, adapter = small.shape, small.config.adapter
+    if small.has_fused_layers("single"):
+        return tokens * 3 * shape.query
+    assert adapter
     linears = shape.linears(shape.mean_key_value)
-    more: float = shape.intermediate  # the activation of the gate
-    if adapter is None:
-        return tokens * (more + shape.query + 2 * shape.hidden)  # attention's layout, norms whose weight is trained
-    if adapter.dropout:
-        return tokens * (more + 0.75 * sum(rows for rows, _ in linears.values()))  # masks of floats, not of bytes
-    more += shape.query if "o_proj" in small.adapted else 0
+    again = ("gate_proj", "up_proj", "down_proj") if level == "mlp" else ()
+    kept = [sizes for name, sizes in linears.items() if name not in again]
+    repeated = 2 * (shape.query - shape.mean_key_value)  # in the place of those that are not
+    if adapter.dropout:  # masks of floats, not of bytes; the output is copied as it is dropped out
+        return tokens * (repeated + 0.75 * sum(rows for rows, _ in kept))
     # of DoRA three scales of each output, whatever the number of tokens: small, and left out of the plan
-    return tokens * more + 3 * adapter.dora * sum(columns for _, columns in linears.values())
+    return tokens * (repeated + shape.query) + 3 * sum(columns for _, columns in kept)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     "sections",
     [
@@ -150,20 +172,20 @@ def more_on_a_cpu(small: Job, tokens: int) -> float:
     ],
     ids=["full", "lora", "qlora", "some targets", "dropout", "dora"],
 )
-@pytest.mark.parametrize("level", ["none", "full"])
 def test_what_a_layer_keeps(
     sections: dict[str, Any], level: Any, small_model: Path, toy_recipe: Callable[..., RunConfig]
 ) -> None:
-    small = replace(small_job(small_model, toy_recipe, **sections), fused=False)
+    small = small_job(small_model, toy_recipe, **sections)
     model = load_model(small.config, torch.device("cpu")).model.train()
     set_recompute(model, read_levels(level, 3))
     causal_lm: Any = model.get_base_model() if small.config.adapter else model
     shape, tokens = small.shape, 40
     wanted = tokens * saved_bytes(small, "single", level)
-    if level == "none":
-        wanted += 4 * more_on_a_cpu(small, tokens)
+    if level != "full":
+        wanted += 4 * more_on_a_cpu(small, level, tokens)
     found = kept_for_backward(decoder_layers(model)[1], causal_lm.model.rotary_emb, shape.hidden, tokens)
-    assert found == wanted
+    assert small.has_fused_layers("single") == has_fused_layers(model)
+    assert found == pytest.approx(wanted, rel=1e-9)
 
 
 def test_the_loss_works_in_chunks_of_the_size_that_is_planned() -> None:
@@ -225,7 +247,10 @@ def test_more_recomputed_never_needs_more_and_more_packs_never_less(
     for fast, lean in itertools.combinations(LEVELS, 2):
         mixes = [{lean: number, fast: layers - number} for number in range(1, layers)]
         found = [peak(2, LayerLevels.build(counts)) for counts in [{fast: layers}, *mixes, {lean: layers}]]
-        assert found == sorted(found, reverse=True)
+        # but for its input: a layer computed again whole is fuller for a moment than one that computes its MLP again
+        slack = 2 * 4096 * saved_bytes(one, kind, "full") if lean == "full" else 0
+        assert all(after <= before + slack for before, after in itertools.pairwise(found))
+        assert found[-1] <= found[0]
     for level in LEVELS:
         # while there is more than one round: in a single one no gradients wait beside the activations
         sizes = [peak(size, read_levels(level, layers)) for size in (1, 2, 4, 8) if packs // gpus > size]
@@ -295,9 +320,9 @@ def test_levels_that_do_not_add_up() -> None:
 
 
 def test_layers_of_transformers_are_not_offered_what_they_do_not_have() -> None:
-    levels = [c.setting.levels.counts for c in plan(job(LLAMA_7B))]
-    assert not any("norms" in counts for counts in levels)
-    assert any("norms" in c.setting.levels.counts for c in plan(job(LLAMA_7B, **QLORA)))
+    by_modules = job(LLAMA_7B, adapter={"dropout": 0.1})
+    assert not any("norms" in c.setting.levels.counts for c in plan(by_modules))
+    assert any("norms" in c.setting.levels.counts for c in plan(job(LLAMA_7B)))
 
 
 # -------------------------------------------------------------------------------------------------------- hardware
@@ -344,6 +369,17 @@ def test_the_command_explains_its_choice(recipe: Path, capsys: pytest.CaptureFix
     assert "no GPU is here" not in text
 
 
+def test_float8_is_said_and_faster(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for float8 in ("true", "false"):
+        words = ["plan", str(recipe), "--gpu", "H100", "--train.float8", float8]
+        assert main(words) == 0
+        assert ("float8 of frozen weights" in capsys.readouterr().out) == (float8 == "true")
+        assert main([*words, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["chosen"]["tokens_per_second"])
+    assert found[0] > 1.2 * found[1]
+
+
 def test_the_command_says_what_it_assumed(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +412,7 @@ def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--gpu", "TPU"], "RTX 4090"),
         (["--gpus", "3", "--strategy.shard_size", "2"], "shard_size"),
+        (["--gpu", "A100", "--train.float8", "true"], "train.float8: true on A100"),
         (["--gpus", "2", "--strategy.kind", "single"], "single"),
         (["--model.path", "no/such/model/at/all"], "model.path"),
     ],

@@ -1,4 +1,4 @@
-"""Sets on a model what its decoder layers keep for backward, in what form and where: ``train.recompute`` and others."""
+"""Sets on a model how its decoder layers compute: the dial ``train.recompute`` and the fields beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import UserError
+from trainer.model.kernels.float8 import can_multiply
 from trainer.model.layers import FusedDecoderLayer
 from trainer.model.offload import ActivationOffload
 from trainer.planning.levels import LayerLevels
@@ -43,19 +44,31 @@ def set_recompute(model: nn.Module, levels: LayerLevels) -> None:
         layer.recompute = level
 
 
+def use_float8(model: nn.Module, device: torch.device, compute_dtype: str) -> None:
+    """Lets every layer multiply its frozen weights in float8; on the CPU the same is emulated, as a rehearsal.
+
+    Raises:
+        UserError: the GPU cannot, not in `compute_dtype`, or layers compute by their modules.
+    """
+    if device.type == "cuda" and not can_multiply(device):
+        name = torch.cuda.get_device_name(device)
+        allowed = "GPUs of CUDA capability 8.9 or newer: Ada, Hopper and later"
+        raise UserError("train.float8", f"true on {name}", allowed, "set it to false")
+    if device.type == "cuda" and compute_dtype != "bfloat16":
+        fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
+        raise UserError("train.float8", f"true in {compute_dtype}", "bfloat16", fix)
+    _check_fused(model, "train.float8")
+    for layer in decoder_layers(model):
+        layer.float8 = True
+
+
 def keep_in_float8(model: nn.Module) -> None:
     """Lets every layer that keeps gate and up for backward keep them in float8.
 
     Raises:
         UserError: layers compute by their modules.
     """
-    if not has_fused_layers(model):
-        raise UserError(
-            "train.keep_in_float8",
-            "true on layers that compute by their modules, one after the other",
-            "models without biases, adapters without dropout and DoRA",
-            "set it to false",
-        )
+    _check_fused(model, "train.keep_in_float8")
     for layer in decoder_layers(model):
         layer.keep_in_float8 = True
 
@@ -66,3 +79,13 @@ def offload_activations(model: nn.Module, device: torch.device) -> None:
     offload = ActivationOffload(layers, device)
     for layer in layers:
         layer.offload = offload
+
+
+def _check_fused(model: nn.Module, field: str) -> None:
+    if not has_fused_layers(model):
+        raise UserError(
+            field,
+            "true on layers that compute by their modules, one after the other",
+            "models without biases, adapters without dropout and DoRA, strategies other than zero3",
+            "set it to false, or adapter.dropout to 0 and adapter.dora to false",
+        )

@@ -1,7 +1,8 @@
 """Every constant of the planner that was fitted or estimated, and to what. No torch.
 
-Fitted to runs on H200s (torch 2.11, NVLink) that README's table of strategies and the recipes' headers show. Where
-nothing was measured a line says "estimate". `tests/unit/test_planner.py` holds the measured points against the model.
+Rates, layers and memory are fitted to Llama-2-7B on one H200 (torch 2.11), at every level and 4,096 to 16,384 tokens a
+micro-batch; several processes to four of them with NVLink. Where nothing was measured a line says "estimate".
+`tests/unit/test_planner.py` holds the measured points against the models.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ GIB = 2**30
 
 # ---------------------------------------------------------------------------------------------------------------- rates
 
-MATMUL_SHARE = 0.80  # of the peak FLOP/s that large 16-bit matmuls reach: 788 of 989 TFLOP/s on an H200
+MATMUL_SHARE = 0.708  # of the peak FLOP/s, in the mix of a step: 700 of 989 TFLOP/s on an H200 at its limit of power
+FLOAT8_SHARE = 0.748  # of float8's peak, which is twice that: 1,480 TFLOP/s
 BANDWIDTH_SHARE = 0.90  # of the peak bandwidth that elementwise kernels reach: 4.3 of 4.8 TB/s on an H200
 FABRIC_SHARE = 0.75  # of a link's peak that collectives reach; estimate
-# Bytes that forward and backward move beside the matmuls, for each element that autograd keeps of a layer: norms,
-# rotary embedding, activation, low-rank branch, residuals and what attention of short documents waits for.
-UNFUSED_TRAFFIC = 57.0  # transformers' layer with one autograd function a linear
-FUSED_TRAFFIC = 40.0  # one autograd function for several linears; estimate
-RECOMPUTED_TRAFFIC = 0.75  # share of these that a whole layer's second forward moves again
-LAYER_SECONDS = 0.6e-3  # that the host takes to launch a layer's kernels, forward and backward; estimate
-LAUNCHES = {"none": 1.0, "norms": 1.05, "mlp": 1.15, "full": 1.35}  # of that, with a second forward; estimate
+# How often forward and backward move all that autograd keeps of a layer beside the matmuls: norms, rotary embedding,
+# activation, rank-r products, residuals, and what attention of short documents waits for.
+FUSED_PASSES = 11.5  # of three nodes: the slope over tokens of level none
+UNFUSED_PASSES = 21.3  # of modules: 16,464 tok/s of a QLoRA that had no nodes yet
+FUSED_FORWARD, UNFUSED_FORWARD = 0.2, 0.5  # shares of these that are forward's: level full
+LAYER_SECONDS = 0.6e-3  # of a layer whatever its tokens, on small kernels and their launch: level none at 4,096 tokens
+AGAIN_SECONDS = 2.2e-3  # more where the whole layer is computed again, by torch's checkpoint: level full there
 
 # ---------------------------------------------------------------------------------------------------- several processes
 

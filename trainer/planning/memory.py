@@ -12,8 +12,6 @@ from trainer.planning.job import SIZES, Job, Kind, Setting
 from trainer.planning.shape import LINEARS
 
 LOGITS_PER_CHUNK = 2**26  # of `trainer.loss`, whose import would take torch's time; a test holds them equal
-LOGIT_BYTES = 8  # of a chunk's logits: float32, and in 16 bit with their gradient
-HIDDEN_BYTES = 8  # of the last hidden state at a trained token and its gradient, in 16 bit and float32
 
 
 @dataclass(frozen=True)
@@ -65,20 +63,22 @@ def _moments(job: Job, setting: Setting, tokens: int, gradients: float) -> Itera
     Where levels follow one another the worst layer is the lowest or the highest of its level: further up more
     activations still wait, further down more gradients are there.
     """
-    shape, num_layers = job.shape, job.shape.num_layers
-    in_layer, whole = _in_layer(job, tokens), tokens * saved_bytes(job, setting.kind, "none")
-    of_levels = {level: tokens * waiting_bytes(job, setting.kind, level) for level in setting.levels.counts}
+    kind, num_layers = setting.kind, job.shape.num_layers
+    of_levels = {level: tokens * waiting_bytes(job, kind, level) for level in setting.levels.counts}
     # Of what lies in host memory a neighbour's part is on its way.
     most = max(of_levels.values()) if job.config.train.offload_activations else math.inf
     below, first = 0.0, 0
     for level, count in setting.levels.counts.items():
         kept = of_levels[level]
+        # Measured under `full` with torch 2.11: as much is there as of a layer that keeps all.
+        again: RecomputeLevel = "none" if level == "full" or not job.has_fused_layers(kind) else level
+        whole, in_layer = tokens * saved_bytes(job, kind, again), _in_layer(job, kind, again, tokens)
         for layer in (first, first + count - 1):
             gradients_above = gradients * (1 - (layer + 1) / num_layers)
             yield gradients_above, min(most, below + (layer - first) * kept) + whole, in_layer
         below, first = below + count * kept, first + count
-    ends = 2 * shape.hidden * job.compute_size * tokens  # the last norm's input and output
-    yield 0.0, min(most, below) + ends, _at_loss(job, tokens)
+    last = job.shape.hidden * job.compute_size * tokens  # the last norm's input
+    yield 0.0, min(most, below) + last, _at_loss(job, tokens)
 
 
 def waiting_bytes(job: Job, kind: Kind, level: RecomputeLevel) -> float:
@@ -98,16 +98,20 @@ def offloaded_bytes(job: Job, setting: Setting) -> float:
 
 
 def saved_bytes(job: Job, kind: Kind, level: RecomputeLevel) -> float:
-    """Bytes that autograd keeps of a decoder layer (the mean of all) for one token, its input among them."""
+    """Bytes that autograd keeps of a decoder layer (the mean of all) for one token on a GPU, its input among them.
+
+    Attention keeps keys and values as they are, once for all queries that share them.
+    """
     if level == "full":
         return job.shape.hidden * job.compute_size
-    float32 = (job.shape.heads + 2) * SIZES["float32"]  # attention's log-sum-exp, and the scales of two norms
-    return float32 + (_fused_bytes(job, level) if job.has_fused_layers(kind) else _unfused_bytes(job, level))
+    log_sum_exp = job.shape.heads * SIZES["float32"]
+    return log_sum_exp + (_fused_bytes(job, level) if job.has_fused_layers(kind) else _unfused_bytes(job, level))
 
 
 def _fused_bytes(job: Job, level: RecomputeLevel) -> float:
-    """Of our own layer: inputs and outputs of both norms, queries, keys, values and attention's output, gate, up and
-    their product, and a low-rank product for each linear.
+    """Of `trainer.model.blocks`: the input of each norm; queries, keys and values in one buffer, and attention's
+    output; the rank-r products; gate and up unless they are computed again; the norms' outputs and ``silu(gate) * up``
+    where nothing is.
     """
     shape = job.shape
     norms, wide = {"none": (4, 3), "norms": (2, 2), "mlp": (2, 0)}[level]
@@ -117,12 +121,12 @@ def _fused_bytes(job: Job, level: RecomputeLevel) -> float:
 
 
 def _unfused_bytes(job: Job, level: RecomputeLevel) -> float:
-    """Of transformers' layer: inputs of both norms, attention's four (keys and values repeated for every query), gate
-    and up, and the input of each linear that is trained or adapted. `mlp` checkpoints the MLP, `norms` is `none`.
+    """Of transformers' modules: inputs of both norms and their scales, what attention reads and writes, gate and up,
+    and the input of each linear that is trained or adapted. `mlp` checkpoints the MLP, `norms` is `none`.
     """
     shape, adapter = job.shape, job.config.adapter
     names = set(job.adapted if adapter else LINEARS)
-    elements: float = 2 * shape.hidden + 4 * shape.query
+    elements: float = 2 * shape.hidden + 2 * shape.query + 2 * shape.mean_key_value
     if level == "mlp":
         names -= {"gate_proj", "up_proj", "down_proj"}
         elements += shape.hidden
@@ -139,7 +143,7 @@ def _unfused_bytes(job: Job, level: RecomputeLevel) -> float:
         elements += adapter.r * len(names)
     if adapter and adapter.dora:  # what base and adapter give is scaled apart
         elements += 2 * sum(columns for _, columns in linears.values())
-    return elements * job.compute_size + masks
+    return elements * job.compute_size + masks + 2 * SIZES["float32"]
 
 
 def _distinct_inputs(linears: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -192,8 +196,10 @@ def _gathered(job: Job, kind: Kind) -> float:
     return several + whole * layer + root + sent
 
 
-def _in_layer(job: Job, tokens: int) -> float:
-    """Gradients of the activations in a layer's backward, and a weight in 16 bit beside its stored form."""
+def _in_layer(job: Job, kind: Kind, level: RecomputeLevel, tokens: int) -> float:
+    """What a layer's backward holds beside what is kept, at its fullest moment, which is in the MLP."""
+    if job.has_fused_layers(kind):
+        return max(_in_feed_forward(job, level, tokens)) + _weight_gradients(job)
     shape, size = job.shape, job.compute_size
     gradients = max(3 * shape.intermediate, 4 * shape.query) + 2 * shape.hidden
     weight = shape.hidden * shape.intermediate
@@ -203,10 +209,46 @@ def _in_layer(job: Job, tokens: int) -> float:
     return gradients * size * tokens + held
 
 
+def _in_feed_forward(job: Job, level: RecomputeLevel, tokens: int) -> tuple[float, ...]:
+    """Bytes of three moments in the backward of `trainer.model.blocks.FeedForward`: the gradient of ``silu(gate) * up``
+    is multiplied out; it lies beside those of gate and up; and these are multiplied by their weights.
+
+    A weight is there as it is multiplied, those that share an input one below the other.
+    """
+    shape, size = job.shape, job.compute_size
+    hidden, wide, matrix = shape.hidden, shape.intermediate, shape.hidden * shape.intermediate
+    norm, both, product = {"none": (0, 0, 0), "norms": (hidden, 0, wide), "mlp": (hidden, 2 * wide, wide)}[level]
+    moments = (
+        (norm + both + product + 2 * hidden + wide, hidden, matrix),
+        (norm + both + hidden + 3 * wide, 0, 0),
+        (norm + 2 * hidden + 2 * wide, 2 * wide, 2 * matrix),
+    )
+    if job.config.train.float8:  # gradients and weights of a byte each
+        return tuple((rows * size + grads) * tokens + weights for rows, grads, weights in moments)
+    return tuple(rows * size * tokens + weights * size for rows, _, weights in moments)
+
+
+def _weight_gradients(job: Job) -> float:
+    """Of a trained MLP's three matrices, before they are added to those of earlier micro-batches."""
+    if job.config.adapter:
+        return 0.0
+    own = job.compute_size if job.trained_size != job.compute_size else 0  # computed in 16 bit, then widened
+    return job.shape.hidden * job.shape.intermediate * (3 * job.trained_size + own)
+
+
 def _at_loss(job: Job, tokens: int) -> float:
-    """A chunk of logits, hidden states as if every token were trained, and the gradient of a head that is trained."""
-    shape = job.shape
+    """The fuller of two moments, as if every token were trained. In forward a chunk of logits is made while the one
+    before it still lies there with its gradient, beside hidden states and their gradients; in backward those are scaled
+    in float32. A trained head has its gradient in both.
+    """
+    shape, size = job.shape, job.compute_size
     modules = job.config.adapter.modules_to_save if job.config.adapter else ["lm_head"]
     head = shape.vocab * shape.hidden if "lm_head" in modules else 0
-    chunk = min(LOGITS_PER_CHUNK, tokens * shape.vocab) * LOGIT_BYTES
-    return chunk + HIDDEN_BYTES * shape.hidden * tokens + (SIZES["float32"] + job.compute_size) * head
+    cast = size if job.trained_size != size else 0
+    float32 = SIZES["float32"]
+    first = min(LOGITS_PER_CHUNK, tokens * shape.vocab)
+    second = min(LOGITS_PER_CHUNK, tokens * shape.vocab - first)
+    logits = max(2 * float32 * first, (float32 + size) * (first + second))  # log-sum-exp takes a copy
+    forward = logits + 2 * size * shape.hidden * tokens + (float32 + size + cast) * head
+    backward = (size + 2 * float32) * shape.hidden * tokens + (2 * float32 + job.trained_size % float32) * head
+    return max(forward, backward)

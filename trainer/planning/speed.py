@@ -16,13 +16,13 @@ class StepTime:
 
     Attributes:
         matmuls: of forward and backward, attention's among them.
-        traffic: memory read and written beside them: norms, activation, rotary embedding, low-rank branch, loss.
+        traffic: memory read and written beside them: norms, activation, rotary embedding, rank-r products, float8.
         recompute: all that is done a second time.
-        dequantize: of a quantised base, both ways.
+        dequantize: of a quantised base, or copying one beside its adapters, both ways.
         communication: gathers, gradients and activations' way to the host and back that no computation hides, and
             processes waiting for one another.
         optimizer: reading and writing weights, gradients and moments.
-        launching: waiting for the host to launch kernels, where the GPU is faster.
+        small: what takes its time whatever the tokens: kernels on adapters' matrices, launches, checkpoints.
         tokens: real ones, those of a pack that is there to fill a rank's turn left out.
     """
 
@@ -32,7 +32,7 @@ class StepTime:
     dequantize: float
     communication: float
     optimizer: float
-    launching: float
+    small: float
     tokens: float
 
     @property
@@ -69,17 +69,17 @@ def predict_step(job: Job, setting: Setting) -> StepTime:
     tokens = min(setting.micro_batch, job.packs_each) * config.data.pack_length
     layer = _layer(job, kind, tokens)
     fused = job.has_fused_layers(kind)
-    again = sum(count * _again(job, layer, level, fused) for level, count in setting.levels.counts.items())
+    counts = setting.levels.counts
+    again = sum(count * _again(job, layer, level, fused) for level, count in counts.items())
     head = (6 if config.adapter is None else 4) * shape.vocab * shape.hidden * job.trained_share * tokens
     matmuls = shape.num_layers * layer.matmuls + head / _flops(job)
     traffic = shape.num_layers * layer.traffic
     dequantize = 2 * shape.num_layers * layer.dequantize
-    computing = matmuls + traffic + dequantize + again
-    launches = sum(count * calibration.LAUNCHES[level] for level, count in setting.levels.counts.items())
-    launching = max(0.0, launches * calibration.LAYER_SECONDS - computing)
-    exposed = rounds * _exposed_gathers(job, kind, computing + launching) + _exposed_gradients(job, kind, computing)
-    exposed += rounds * _exposed_activations(job, setting, computing + launching)
-    step = rounds * (computing + launching) + exposed
+    small = shape.num_layers * calibration.LAYER_SECONDS + counts.get("full", 0) * calibration.AGAIN_SECONDS
+    computing = matmuls + traffic + dequantize + again + small
+    exposed = rounds * _exposed_gathers(job, kind, computing) + _exposed_gradients(job, kind, computing)
+    exposed += rounds * _exposed_activations(job, setting, computing)
+    step = rounds * computing + exposed
     return StepTime(
         matmuls=rounds * matmuls,
         traffic=rounds * traffic,
@@ -87,7 +87,7 @@ def predict_step(job: Job, setting: Setting) -> StepTime:
         dequantize=rounds * dequantize,
         communication=exposed + step * _waiting(job, kind),
         optimizer=_optimizer(job, kind),
-        launching=rounds * launching,
+        small=rounds * small,
         tokens=config.packs_per_step * config.data.pack_length / job.num_gpus,
     )
 
@@ -96,33 +96,51 @@ def _flops(job: Job) -> float:
     return job.gpu.flops * calibration.MATMUL_SHARE
 
 
+def _base_flops(job: Job) -> float:
+    """FLOP/s of the layers' own matrices."""
+    return 2 * job.gpu.flops * calibration.FLOAT8_SHARE if job.config.train.float8 else _flops(job)
+
+
 def _bandwidth(job: Job) -> float:
     return job.gpu.bandwidth * calibration.BANDWIDTH_SHARE
 
 
 def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
-    shape, fused = job.shape, job.has_fused_layers(kind)
-    weights = shape.layer_weights
-    attended = min(job.attended, job.config.data.pack_length / 2)
-    attention = 3 * 4 * shape.query * attended
-    per_token = (6 if job.config.adapter is None else 4) * weights + 6 * job.layer_adapter_weights + attention
-    kept = saved_bytes(job, kind, "none")
-    passes = (calibration.FUSED_TRAFFIC if fused else calibration.UNFUSED_TRAFFIC) / 2  # of each byte kept
-    dense = weights * (job.linear_size + job.compute_size)
+    shape, config, fused = job.shape, job.config, job.has_fused_layers(kind)
+    weights, size = shape.layer_weights, job.compute_size
+    attended = min(job.attended, config.data.pack_length / 2)
+    base = (6 if config.adapter is None else 4) * weights / _base_flops(job)
+    beside = (6 * job.layer_adapter_weights + 3 * 4 * shape.query * attended) / _flops(job)
+    passes = calibration.FUSED_PASSES if fused else calibration.UNFUSED_PASSES
+    moved = passes * saved_bytes(job, kind, "none") + (_float8_bytes(job) if config.train.float8 else 0.0)
+    is_written = config.quantization or (config.adapter and fused)  # the base, for each matmul
+    as_multiplied = 1 if config.train.float8 else size
     return _Layer(
-        matmuls=per_token * tokens / _flops(job),
-        traffic=passes * kept * tokens / _bandwidth(job),
-        dequantize=dense / _bandwidth(job) if job.config.quantization else 0.0,
-        mlp_matmuls=4 * shape.hidden * shape.intermediate * tokens / _flops(job),
-        norms_traffic=(4 * shape.hidden + 3 * shape.intermediate) * job.compute_size * tokens / _bandwidth(job),
+        matmuls=(base + beside) * tokens,
+        traffic=moved * tokens / _bandwidth(job),
+        dequantize=weights * (job.linear_size + as_multiplied) / _bandwidth(job) if is_written else 0.0,
+        mlp_matmuls=4 * shape.hidden * shape.intermediate * tokens / _base_flops(job),
+        norms_traffic=(4 * shape.hidden + 3 * shape.intermediate) * size * tokens / _bandwidth(job),
     )
+
+
+def _float8_bytes(job: Job) -> float:
+    """Moved for one token of a layer around matmuls in float8: what is multiplied is read twice and written as bytes;
+    rank-r products and residuals are added to what comes out.
+    """
+    shape, size = job.shape, job.compute_size
+    linears = shape.linears(shape.mean_key_value)
+    inputs = sum(linears[name][0] for name in ("q_proj", "o_proj", "gate_proj", "down_proj"))  # others share theirs
+    outputs = sum(columns for _, columns in linears.values())
+    return (inputs + outputs) * (4 * size + 1) + 2 * shape.hidden * 3 * size
 
 
 def _again(job: Job, layer: _Layer, level: RecomputeLevel, fused: bool) -> float:
     """Seconds that a layer's second forward takes for one micro-batch."""
     if level == "full":
         forward = 1 / 2 if job.config.adapter else 1 / 3  # of matmuls: gradients of activations, and of weights
-        return forward * layer.matmuls + calibration.RECOMPUTED_TRAFFIC * layer.traffic + layer.dequantize
+        traffic = calibration.FUSED_FORWARD if fused else calibration.UNFUSED_FORWARD
+        return forward * layer.matmuls + traffic * layer.traffic + layer.dequantize
     if level == "none" or (level == "norms" and not fused):
         return 0.0
     if level == "norms":
