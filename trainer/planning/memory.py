@@ -73,6 +73,8 @@ def _moments(job: Job, setting: Setting, tokens: int, gradients: float) -> Itera
         # Measured under `full` with torch 2.11: as much is there as of a layer that keeps all.
         again: RecomputeLevel = "none" if level == "full" or not job.has_fused_layers(kind) else level
         whole, in_layer = tokens * saved_bytes(job, kind, again), _in_layer(job, kind, again, tokens)
+        if job.config.train.keep_in_float8 and level in ("none", "norms"):  # beside what they are restored to
+            whole += 2 * job.shape.intermediate * tokens
         for layer in (first, first + count - 1):
             gradients_above = gradients * (1 - (layer + 1) / num_layers)
             yield gradients_above, min(most, below + (layer - first) * kept) + whole, in_layer
