@@ -334,8 +334,9 @@ def _announce(
         rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
         several = f", {_on(strategy.name, world_size)}{rehearsal}"
     matmuls = ", float8 matmuls" if config.train.float8 else ""
+    kept = ", gate and up kept in float8" if config.train.keep_in_float8 else ""
     predicted = sizes.prediction if strategy.device.type == "cuda" else {}
-    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{several}", **predicted)
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{several}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:

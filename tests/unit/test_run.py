@@ -197,7 +197,9 @@ def test_a_run_goes_on_with_its_activations_in_host_memory(toy_recipe, tmp_path)
     train(config(4), run.path)  # it may be changed
     with pytest.raises(UserError, match="train.keep_in_float8"):
         train(config(4, keep_in_float8=True), run.path)
-    less_exact = losses(train(config(4, keep_in_float8=True), tmp_path / "float8"))
+    float8 = train(config(4, keep_in_float8=True), tmp_path / "float8")
+    assert any("gate and up kept in float8" in record["text"] for record in records(float8, "event"))
+    less_exact = losses(float8)
     assert less_exact[0] == losses(run)[0] and less_exact != losses(run)
     assert less_exact == pytest.approx(losses(run), rel=1e-2)
 
