@@ -150,7 +150,7 @@ def as_json(report: Report) -> dict[str, Any]:
     from trainer.planning.host import predict_disk, predict_host
 
     job, chosen = report.job, report.chosen
-    host, disk = predict_host(job, chosen.setting.kind), predict_disk(job)
+    host, disk = predict_host(job, chosen.setting.kind, chosen.setting), predict_disk(job)
     return {
         "hardware": {"gpus": job.num_gpus, "gpu": job.gpu.name, "memory": job.gpu.memory},
         "fits": chosen.fits,
@@ -216,7 +216,7 @@ def _facts_table(report: Report) -> Any:
     from trainer.planning.host import predict_disk, predict_host
 
     job, chosen = report.job, report.chosen
-    host, disk = predict_host(job, chosen.setting.kind), predict_disk(job)
+    host, disk = predict_host(job, chosen.setting.kind, chosen.setting), predict_disk(job)
     rate = chosen.step.tokens_per_second
     tokens = _run_tokens(report)
     whole = f"{_hours(report, tokens or MILLION):,.2f} h for {tokens or MILLION:,.0f} tokens"

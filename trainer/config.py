@@ -230,6 +230,12 @@ class TrainConfig(Part):
         description="multiply frozen weights in float8 (rowwise e4m3); faster on Ada, Hopper and later, less exact",
     )
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of trained weights and moments")
+    keep_in_float8: bool = Field(
+        False, description="gate and up activations are kept for backward in float8, a scale a row; less exact"
+    )
+    offload_activations: bool = Field(
+        False, description="what waits for backward lies in host memory: for sequences too long for the GPU"
+    )
     log_every: int = Field(1, ge=1, description="steps between log lines (metrics.jsonl has every step)")
     device: Literal["auto", "cpu"] = Field(
         "auto", description="auto: GPUs where there are; cpu: a rehearsal on the CPU"
@@ -424,24 +430,24 @@ class RunConfig(Part):
         return self
 
     def _float8_rules(self) -> list[str]:
-        if not self.train.float8:
-            return []
         broken = []
-        if not self.adapter:
+        if self.train.float8 and not self.adapter:
             broken.append(
                 "train.float8 multiplies frozen weights, and without an adapter none is. "
                 "Add adapter: {method: lora}, or set it to false"
             )
-        if self.adapter and (self.adapter.dropout or self.adapter.dora):
-            broken.append(
-                "train.float8 needs whole layers, which adapter.dropout and adapter.dora take apart. "
-                "Set it to false, or dropout to 0 and dora to false"
-            )
-        if self.strategy.kind == "zero3":
-            broken.append(
-                "train.float8 needs whole layers, which strategy.kind: zero3 gathers module by module. "
-                "Set it to false, or strategy.kind: fsdp2"
-            )
+        for name in ("float8", "keep_in_float8"):
+            if getattr(self.train, name) and self.strategy.kind == "zero3":
+                broken.append(
+                    f"train.{name} needs whole layers, which strategy.kind: zero3 gathers module by module. "
+                    "Set it to false, or strategy.kind: fsdp2"
+                )
+            if getattr(self.train, name) and self.adapter and (self.adapter.dropout or self.adapter.dora):
+                field = "adapter.dropout" if self.adapter.dropout else "adapter.dora"
+                broken.append(
+                    f"train.{name} needs whole layers, and {field} has modules called one after the other. "
+                    f"Set it to false, or leave {field} out"
+                )
         return broken
 
     def _strategy_rules(self) -> list[str]:

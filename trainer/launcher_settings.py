@@ -241,10 +241,8 @@ def _refuse_others(environ: Mapping[str, str]) -> None:
             found = f"{name} (tensor, context and sequence parallelism) is not done here"
             raise UserError(f"{variable}={environ[variable]}", found, "1", f"parallelism_config_{name.lower()}_size: 1")
     if _is_on(environ, "ACCELERATE_USE_FSDP") and _is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"):
-        found = "activations are recomputed here, never offloaded"
-        raise UserError(
-            "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD=true", found, "false", "fsdp_activation_checkpointing: true"
-        )
+        found = "where activations wait for backward is said in the recipe"
+        raise UserError("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD=true", found, "false", "train.offload_activations: true")
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if backend.upper() != "NO":
         raise UserError(

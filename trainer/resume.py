@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.micro_batch",
     "train.recompute",
+    "train.offload_activations",
     "eval.",
     "checkpoint.",
     "tracking.",

@@ -40,7 +40,7 @@ from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
-from trainer.model.recompute import set_recompute, use_float8
+from trainer.model.recompute import keep_in_float8, offload_activations, set_recompute, use_float8
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.planning.job import Job
@@ -127,6 +127,10 @@ def _train_together(
         built = build_model(config, processes.device)
     if config.train.float8:
         use_float8(built.model, processes.device, config.compute_dtype)
+    if config.train.keep_in_float8:
+        keep_in_float8(built.model)
+    if config.train.offload_activations:
+        offload_activations(built.model, processes.device)
     check_stop()
     if processes.is_first and not run.steps():
         check_disk_space(run.path, _bytes_to_write(config, built.model))
@@ -330,8 +334,9 @@ def _announce(
         rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
         several = f", {_on(strategy.name, world_size)}{rehearsal}"
     matmuls = ", float8 matmuls" if config.train.float8 else ""
+    kept = ", gate and up kept in float8" if config.train.keep_in_float8 else ""
     predicted = sizes.prediction if strategy.device.type == "cuda" else {}
-    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{several}", **predicted)
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{several}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:

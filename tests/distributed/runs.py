@@ -17,6 +17,7 @@ from trainer.data.sampler import GlobalBatchSampler, Pack, collate, deal, docume
 from trainer.data.types import IGNORE_INDEX
 from trainer.loss import PackedCausalLM
 from trainer.model.load import build_model, load_weights
+from trainer.model.offload import ActivationOffload
 from trainer.model.quantized import fingerprint
 from trainer.model.recompute import decoder_layers, set_recompute
 from trainer.optim import build_optimizer
@@ -86,6 +87,8 @@ def build(processes: Processes, config: RunConfig, place: Callable[..., None] = 
         options: further arguments of `FullyShard`, which are no field of a recipe.
     """
     built = build_model(config, processes.device)
+    if config.train.offload_activations:
+        offload_activations(built.model, processes.device)
     bytes_of = fingerprint if config.quantization else None
     job = describe_job(config, built.model, processes)
     strategy = build_strategy(config, job, processes, bytes_of)
@@ -97,6 +100,14 @@ def build(processes: Processes, config: RunConfig, place: Callable[..., None] = 
     strategy.prepare(partial(build_optimizer, config.optim))
     set_levels(built.model, config)
     return strategy
+
+
+def offload_activations(model: nn.Module, device: torch.device) -> None:
+    """As a run does it, but with pages as small as the toys' activations."""
+    layers = decoder_layers(model)
+    offload = ActivationOffload(layers, device, page_bytes=1024)
+    for layer in layers:
+        layer.offload = offload
 
 
 def set_levels(model: nn.Module, config: RunConfig) -> None:

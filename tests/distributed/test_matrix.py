@@ -22,6 +22,7 @@ from distributed.runs import (
 from trainer.config import RunConfig
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.errors import UserError
+from trainer.model.recompute import decoder_layers
 from trainer.processes import Processes
 
 STEPS = 5  # two epochs of `PACKS`, and every `learning_rate`
@@ -62,6 +63,9 @@ def train_cell(
     """A rank's part in one cell."""
     strategy = build(processes, config, **options)
     trace = train_steps(strategy, sampler(packs_per_step), PACKS, micro_batch, range(STEPS), config.optim.max_grad_norm)
+    if config.train.offload_activations:
+        root: Any = strategy.module
+        assert decoder_layers(root.get_submodule("model"))[0].offload.host_bytes > 0
     state = whole_state(strategy)
     if processes.is_first:
         trace.state = {name: tensor for name, tensor in state.items() if not name.endswith(".step")}
@@ -185,6 +189,17 @@ def test_fewer_packs_than_ranks(world_size: int, kind: str, pool: Pools, cells: 
 @pytest.mark.parametrize("world_size", [2])
 def test_recomputed_activations(world_size: int, kind: str, method: str, pool: Pools, cells: Cells) -> None:
     check(pool, cells, world_size, method, kind, accumulation=3, train={"recompute": "full"})
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("world_size", [2])
+def test_activations_in_host_memory(
+    world_size: int, kind: str, method: str, recompute: str, pool: Pools, cells: Cells
+) -> None:
+    train = {"recompute": recompute, "offload_activations": True}
+    check(pool, cells, world_size, method, kind, accumulation=3, train=train)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {

@@ -186,6 +186,24 @@ def test_a_resumed_run_recomputes_as_asked_now(toy_recipe, tmp_path):
     assert [text.endswith("recompute full") for text in texts] == [False, True]
 
 
+def test_a_run_goes_on_with_its_activations_in_host_memory(toy_recipe, tmp_path):
+    def config(steps, **train):
+        train = {"max_steps": steps, "global_batch": {"rows": 1}, "recompute": "norms", **train}
+        return toy_recipe(adapter=LORA, data={"pack_length": 2048}, schedule={"name": "constant"}, train=train)
+
+    plain, run = train(config(4), tmp_path / "plain"), RunDir(tmp_path / "run")
+    train(config(4, offload_activations=True), run.path)
+    assert_same_run(plain, run, 4)
+    train(config(4), run.path)  # it may be changed
+    with pytest.raises(UserError, match="train.keep_in_float8"):
+        train(config(4, keep_in_float8=True), run.path)
+    float8 = train(config(4, keep_in_float8=True), tmp_path / "float8")
+    assert any("gate and up kept in float8" in record["text"] for record in records(float8, "event"))
+    less_exact = losses(float8)
+    assert less_exact[0] == losses(run)[0] and less_exact != losses(run)
+    assert less_exact == pytest.approx(losses(run), rel=1e-2)
+
+
 def test_ctrl_c_twice_ends_at_once_and_says_so(toy_recipe, tmp_path, monkeypatch):
     from trainer.loop import TrainLoop
 

@@ -19,6 +19,7 @@ from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.blocks import AddProjection, FeedForward, QueryKeyValue, SwiGLU
 from trainer.model.linears import LinearSpec
 from trainer.model.lora import flat_linear
+from trainer.model.offload import ActivationOffload
 
 
 class FusedRMSNorm(nn.Module):
@@ -62,16 +63,27 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
     Attributes:
         recompute: what backward computes again; ``full`` is transformers' gradient checkpointing around the layer.
         float8: multiply frozen weights in float8.
+        keep_in_float8: gate and up, where backward is given them.
+        offload: where what waits for backward lies in host memory.
     """
 
     recompute: RecomputeLevel = "none"
     float8 = False
+    keep_in_float8 = False
+    offload: ActivationOffload | None = None
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm = layer.input_layernorm
         self.post_attention_layernorm = layer.post_attention_layernorm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As modules do, and around a checkpoint too, whose input waits for backward."""
+        if self.offload is None or not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        with self.offload.around(self, kwargs):
+            return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[1, tokens, hidden] -> [1, tokens, hidden]``; arguments as of transformers' decoder layers."""
@@ -110,7 +122,9 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         attend: Any = PACKED_ATTENTION[attention.config._attn_implementation]
         attended = attend(attention, q, k, v, attention_mask, scaling=attention.scaling, **kwargs)[0]
         rows = AddProjection.apply(attended.reshape(len(rows), -1), rows, *parts.output)
-        rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, *parts.mlp)
+        # a layer that is computed again has no use for it, nor has one without a backward
+        in_float8 = self.keep_in_float8 and self.recompute != "full" and torch.is_grad_enabled()
+        rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, in_float8, *parts.mlp)
         return torch.ops.aten._unsafe_view(rows, hidden_states.shape)  # FSDP2 hooks the output, and warns of views
 
     def _parts(self, hidden_states: torch.Tensor, **kwargs: Any) -> Parts | None:

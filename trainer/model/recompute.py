@@ -1,4 +1,4 @@
-"""Sets on a model how its decoder layers compute: the dial ``train.recompute``, and matmuls in float8."""
+"""Sets on a model how its decoder layers compute: the dial ``train.recompute`` and the fields beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer.errors import UserError
 from trainer.model.kernels.float8 import can_multiply
 from trainer.model.layers import FusedDecoderLayer
+from trainer.model.offload import ActivationOffload
 from trainer.planning.levels import LayerLevels
 
 
@@ -56,12 +57,35 @@ def use_float8(model: nn.Module, device: torch.device, compute_dtype: str) -> No
     if device.type == "cuda" and compute_dtype != "bfloat16":
         fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
         raise UserError("train.float8", f"true in {compute_dtype}", "bfloat16", fix)
+    _check_fused(model, "train.float8")
+    for layer in decoder_layers(model):
+        layer.float8 = True
+
+
+def keep_in_float8(model: nn.Module) -> None:
+    """Lets every layer that keeps gate and up for backward keep them in float8.
+
+    Raises:
+        UserError: layers compute by their modules.
+    """
+    _check_fused(model, "train.keep_in_float8")
+    for layer in decoder_layers(model):
+        layer.keep_in_float8 = True
+
+
+def offload_activations(model: nn.Module, device: torch.device) -> None:
+    """Lets what waits for backward lie in host memory, whatever the layers' levels."""
+    layers = decoder_layers(model)
+    offload = ActivationOffload(layers, device)
+    for layer in layers:
+        layer.offload = offload
+
+
+def _check_fused(model: nn.Module, field: str) -> None:
     if not has_fused_layers(model):
         raise UserError(
-            "train.float8",
+            field,
             "true on layers that compute by their modules, one after the other",
             "models without biases, adapters without dropout and DoRA, strategies other than zero3",
             "set it to false, or adapter.dropout to 0 and adapter.dora to false",
         )
-    for layer in decoder_layers(model):
-        layer.float8 = True

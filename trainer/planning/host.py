@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.planning import calibration
-from trainer.planning.job import SIZES, Job, Kind
+from trainer.planning.job import SIZES, Job, Kind, Setting
+from trainer.planning.memory import offloaded_bytes
 
 TENSORS_IN_HAND = 4  # of the base's that a process reads, converts and has ready (`trainer.model.prepare`)
 EIGHT_BIT_MOMENTS = 2.1  # bytes of both, as a checkpoint holds them
@@ -20,17 +21,19 @@ class HostMemory:
         loading: tensors on their way; gone before training.
         checkpoint: copies of what is being saved.
         offload: what ``strategy.offload`` keeps there.
+        activations: of a micro-batch, with ``train.offload_activations``.
     """
 
     processes: float
     loading: float
     checkpoint: float
     offload: float
+    activations: float
 
     @property
     def peak(self) -> float:
         """Of the two moments, loading and saving, the larger."""
-        return self.processes + max(self.loading, self.checkpoint + self.offload)
+        return self.processes + max(self.loading, self.checkpoint + self.offload + self.activations)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,12 @@ class Disk:
         return self.checkpoints + self.result + self.merged
 
 
-def predict_host(job: Job, kind: Kind) -> HostMemory:
-    """Of the host with most processes. A process copies what it saves to host memory: all that is not cut."""
+def predict_host(job: Job, kind: Kind, setting: Setting | None = None) -> HostMemory:
+    """Of the host with most processes. A process copies what it saves to host memory: all that is not cut.
+
+    Args:
+        setting: where sizes are chosen; None: without activations.
+    """
     shape, each = job.shape, job.gpus_on_host
     largest = max(shape.vocab, shape.intermediate) * shape.hidden * SIZES[job.config.model.dtype]
     state = job.trained_weights * (job.trained_size + job.moments_size)
@@ -65,6 +72,7 @@ def predict_host(job: Job, kind: Kind) -> HostMemory:
         loading=each * TENSORS_IN_HAND * largest,
         checkpoint=each * state / shards,
         offload=each * on_host / shards,
+        activations=each * offloaded_bytes(job, setting) if setting else 0.0,
     )
 
 

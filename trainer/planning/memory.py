@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,18 +64,39 @@ def _moments(job: Job, setting: Setting, tokens: int, gradients: float) -> Itera
     activations still wait, further down more gradients are there.
     """
     kind, num_layers = setting.kind, job.shape.num_layers
+    of_levels = {level: tokens * waiting_bytes(job, kind, level) for level in setting.levels.counts}
+    # Of what lies in host memory a neighbour's part is on its way.
+    most = max(of_levels.values()) if job.config.train.offload_activations else math.inf
     below, first = 0.0, 0
     for level, count in setting.levels.counts.items():
-        kept = tokens * saved_bytes(job, kind, level)
+        kept = of_levels[level]
         # Computed again as a whole, a layer keeps all for the moment (`trainer.model.recompute.set_recompute`).
         again: RecomputeLevel = "none" if level == "full" or not job.has_fused_layers(kind) else level
         whole, in_layer = tokens * saved_bytes(job, kind, again), _in_layer(job, kind, again, tokens)
+        if job.config.train.keep_in_float8 and level in ("none", "norms"):  # beside what they are restored to
+            whole += 2 * job.shape.intermediate * tokens
         for layer in (first, first + count - 1):
             gradients_above = gradients * (1 - (layer + 1) / num_layers)
-            yield gradients_above, below + (layer - first) * kept + whole, in_layer
+            yield gradients_above, min(most, below + (layer - first) * kept) + whole, in_layer
         below, first = below + count * kept, first + count
     last = job.shape.hidden * job.compute_size * tokens  # the last norm's input
-    yield 0.0, below + last, _at_loss(job, tokens)
+    yield 0.0, min(most, below) + last, _at_loss(job, tokens)
+
+
+def waiting_bytes(job: Job, kind: Kind, level: RecomputeLevel) -> float:
+    """As `saved_bytes`, with gate and up as they wait for a layer's backward: in float8 where the recipe says so."""
+    kept = saved_bytes(job, kind, level)
+    if job.config.train.keep_in_float8 and level in ("none", "norms"):
+        kept -= 2 * (job.shape.intermediate * (job.compute_size - 1) - SIZES["float32"])
+    return kept
+
+
+def offloaded_bytes(job: Job, setting: Setting) -> float:
+    """Activations of a micro-batch that lie in host memory: those of all layers but the last."""
+    if not job.config.train.offload_activations:
+        return 0.0
+    tokens = setting.micro_batch * job.config.data.pack_length
+    return tokens * sum(waiting_bytes(job, setting.kind, level) for level in setting.levels.of_layers[:-1])
 
 
 def saved_bytes(job: Job, kind: Kind, level: RecomputeLevel) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainer.config import RecomputeLevel
 from trainer.planning import calibration
 from trainer.planning.job import Job, Kind, Setting
-from trainer.planning.memory import saved_bytes
+from trainer.planning.memory import offloaded_bytes, saved_bytes
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class StepTime:
         traffic: memory read and written beside them: norms, activation, rotary embedding, rank-r products, float8.
         recompute: all that is done a second time.
         dequantize: of a quantised base, or copying one beside its adapters, both ways.
-        communication: gathers and gradients that no computation hides, and processes waiting for one another.
+        communication: gathers, gradients and activations' way to the host and back that no computation hides, and
+            processes waiting for one another.
         optimizer: reading and writing weights, gradients and moments.
         small: what takes its time whatever the tokens: kernels on adapters' matrices, launches, checkpoints.
         tokens: real ones, those of a pack that is there to fill a rank's turn left out.
@@ -77,6 +78,7 @@ def predict_step(job: Job, setting: Setting) -> StepTime:
     small = shape.num_layers * calibration.LAYER_SECONDS + counts.get("full", 0) * calibration.AGAIN_SECONDS
     computing = matmuls + traffic + dequantize + again + small
     exposed = rounds * _exposed_gathers(job, kind, computing) + _exposed_gradients(job, kind, computing)
+    exposed += rounds * _exposed_activations(job, setting, computing)
     step = rounds * computing + exposed
     return StepTime(
         matmuls=rounds * matmuls,
@@ -170,6 +172,13 @@ def _exposed_gradients(job: Job, kind: Kind, computing: float) -> float:
     passes = 1 if kind in ("fsdp2", "zero2", "zero3") else 2  # scattered, or added up everywhere
     sent = passes * 4 * job.trained_weights * (job.num_gpus - 1) / job.num_gpus / _fabric(job, job.num_gpus)
     return max(0.0, sent - calibration.GATHER_OVERLAP * 2 / 3 * computing)
+
+
+def _exposed_activations(job: Job, setting: Setting, computing: float) -> float:
+    """Seconds of a micro-batch in which nothing is computed while activations go to the host or come back."""
+    moving = offloaded_bytes(job, setting) / calibration.HOST_LINK
+    forward = computing / 3
+    return sum(max(0.0, moving - calibration.GATHER_OVERLAP * part) for part in (forward, computing - forward))
 
 
 def _fabric(job: Job, group: int) -> float:

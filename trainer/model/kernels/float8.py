@@ -43,6 +43,16 @@ def quantize_rows(x: torch.Tensor, column_scales: torch.Tensor | None = None) ->
     return shares, scales
 
 
+def dequantize_rows(shares: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[rows, columns]`` in `dtype` of what `quantize_rows` gave."""
+    if triton is None or not shares.is_cuda:
+        return (shares.float() * scales).to(dtype)
+    output = torch.empty(shares.shape, dtype=dtype, device=shares.device)
+    grid = (len(shares), triton.cdiv(shares.shape[1], BLOCK))
+    _dequantize_kernel[grid](shares, scales, output, shares.stride(0), shares.shape[1], BLOCK=BLOCK, num_warps=8)
+    return output
+
+
 def write_float8(weight: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool) -> None:
     """As `trainer.model.format.Format.to_float8`, of a matrix ``[out, in]``, by torch."""
     row_scales.copy_(weight.abs().amax(1).float().clamp(min=SMALLEST) / LARGEST)
@@ -93,3 +103,12 @@ if triton is not None:
             if SCALED:
                 x *= tl.load(column_scales_ptr + at, mask=at < columns, other=0.0)
             tl.store(output_ptr + row * columns + at, (x / scale).to(output_ptr.dtype.element_ty), mask=at < columns)
+
+    @triton.jit
+    def _dequantize_kernel(shares_ptr, scales_ptr, output_ptr, stride, columns, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < columns
+        shares = tl.load(shares_ptr + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        output = (shares * tl.load(scales_ptr + row)).to(output_ptr.dtype.element_ty)
+        tl.store(output_ptr + row * columns + at, output, mask=inside)
