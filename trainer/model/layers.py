@@ -117,14 +117,16 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         attention, rows = self.self_attn, hidden_states.squeeze(0)
         norm, next_norm = self.input_layernorm, self.post_attention_layernorm
         cos, sin = (table[0] for table in position_embeddings)
-        *heads, rows = QueryKeyValue.apply(rows, norm.weight, norm.eps, cos, sin, self.recompute, *parts.qkv)
+        # Computed again as a whole, a layer may keep all for the moment of its backward.
+        again: RecomputeLevel = "none" if self.recompute == "full" else self.recompute
+        *heads, rows = QueryKeyValue.apply(rows, norm.weight, norm.eps, cos, sin, again, *parts.qkv)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in heads)
         attend: Any = PACKED_ATTENTION[attention.config._attn_implementation]
         attended = attend(attention, q, k, v, attention_mask, scaling=attention.scaling, **kwargs)[0]
         rows = AddProjection.apply(attended.reshape(len(rows), -1), rows, *parts.output)
-        # a layer that is computed again has no use for it, nor has one without a backward
+        # Neither that nor a forward without a backward has a use for it.
         in_float8 = self.keep_in_float8 and self.recompute != "full" and torch.is_grad_enabled()
-        rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, self.recompute, in_float8, *parts.mlp)
+        rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, again, in_float8, *parts.mlp)
         return torch.ops.aten._unsafe_view(rows, hidden_states.shape)  # FSDP2 hooks the output, and warns of views
 
     def _parts(self, hidden_states: torch.Tensor, **kwargs: Any) -> Parts | None:

@@ -41,7 +41,7 @@ def set_recompute(model: nn.Module, levels: LayerLevels) -> None:
     for layer, level in zip(layers, levels.of_layers, strict=True):
         layer.gradient_checkpointing = level == "full"
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        layer.recompute = "none" if level == "full" else level  # for the moment of its backward a layer may keep all
+        layer.recompute = level
 
 
 def use_float8(model: nn.Module, device: torch.device, compute_dtype: str) -> None:

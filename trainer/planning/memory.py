@@ -70,7 +70,7 @@ def _moments(job: Job, setting: Setting, tokens: int, gradients: float) -> Itera
     below, first = 0.0, 0
     for level, count in setting.levels.counts.items():
         kept = of_levels[level]
-        # Computed again as a whole, a layer keeps all for the moment (`trainer.model.recompute.set_recompute`).
+        # Computed again as a whole, a layer keeps all for the moment (`FusedDecoderLayer`).
         again: RecomputeLevel = "none" if level == "full" or not job.has_fused_layers(kind) else level
         whole, in_layer = tokens * saved_bytes(job, kind, again), _in_layer(job, kind, again, tokens)
         if job.config.train.keep_in_float8 and level in ("none", "norms"):  # beside what they are restored to
