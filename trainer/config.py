@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from trainer.config_rules import broken_rules
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 RecomputeLevel = Literal["none", "norms", "mlp", "full"]  # what a decoder layer computes again in backward
@@ -309,21 +311,6 @@ def _job_time(text: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_one_line)]
-# Options of sbatch that have a field of their own, or that a run's survival depends on.
-RESERVED_OPTIONS = frozenset(
-    (
-        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude"),
-        *("exclusive", "export", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"),
-        *("kill-on-invalid-dep", "mem", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode"),
-        *("output", "partition", "qos", "requeue", "signal", "time", "wrap"),
-    )
-)
-RESERVED_VARIABLES = frozenset(
-    (
-        *("SUBMISSION", "MAX_RESTARTS", "LIMIT_SECONDS", "EXCLUDE", "RUN", "JOB", "RESTART", "FIRST_STEP"),
-        *("PACKTRAIN_SUBMISSION", "PYTHONPATH", "PYTHONSAFEPATH", "STATE_BEFORE"),
-    )
-)
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 
@@ -404,100 +391,9 @@ class RunConfig(Part):
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         """Reports all broken rules together, one a line, each beginning with the field it is about."""
-        broken = []
-        if self.quantization and not self.adapter:
-            broken.append(
-                "quantization needs an adapter, as quantised weights cannot be trained. Add adapter: {method: lora}"
-            )
-        if self.quantization and self.quantization.type == "int8" and self.quantization.double_quant:
-            broken.append("quantization.double_quant is for nf4 and fp4; int8 has one scale a row. Set it to false")
-        if self.schedule.name == "plateau" and self.eval.every_steps is None:
-            broken.append("schedule.name: plateau follows the validation loss. Set eval.every_steps")
-        if self.eval.early_stopping and self.eval.every_steps is None:
-            broken.append("eval.early_stopping follows the validation loss. Set eval.every_steps")
-        if self.train.micro_batch != "auto" and self.train.micro_batch > self.packs_per_step:
-            broken.append(
-                f"train.micro_batch is {self.train.micro_batch}, train.global_batch only {self.packs_per_step} packs; "
-                "lower micro_batch or raise global_batch"
-            )
-        broken += self._float8_rules() + self._strategy_rules() + self._slurm_rules()
-        if self.export.merge and not self.adapter:
-            broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
-        if not self.data.packing and self.train.global_batch.tokens is not None:
-            broken.append("train.global_batch.tokens counts packs. Without packing set train.global_batch.rows")
-        if broken:
+        if broken := broken_rules(self):
             raise ValueError("\n".join(broken))
         return self
-
-    def _float8_rules(self) -> list[str]:
-        broken = []
-        if self.train.float8 and not self.adapter:
-            broken.append(
-                "train.float8 multiplies frozen weights, and without an adapter none is. "
-                "Add adapter: {method: lora}, or set it to false"
-            )
-        for name in ("float8", "keep_in_float8"):
-            if getattr(self.train, name) and self.strategy.kind == "zero3":
-                broken.append(
-                    f"train.{name} needs whole layers, which strategy.kind: zero3 gathers module by module. "
-                    "Set it to false, or strategy.kind: fsdp2"
-                )
-            if getattr(self.train, name) and self.adapter and (self.adapter.dropout or self.adapter.dora):
-                field = "adapter.dropout" if self.adapter.dropout else "adapter.dora"
-                broken.append(
-                    f"train.{name} needs whole layers, and {field} has modules called one after the other. "
-                    f"Set it to false, or leave {field} out"
-                )
-        return broken
-
-    def _strategy_rules(self) -> list[str]:
-        kind, offload, optim = self.strategy.kind, self.strategy.offload, self.optim.name
-        broken = []
-        if offload == "all" and kind not in ("auto", "fsdp2", "zero3"):
-            broken.append(
-                f"strategy.offload: all keeps cut weights in host memory, which {kind} does not cut. "
-                "Set strategy.kind: fsdp2 or zero3, or offload: optimizer"
-            )
-        if offload != "none" and optim != "adamw":
-            broken.append(f"strategy.offload steps on the host, and optim.name: {optim} is for GPUs. Set adamw")
-        if self.strategy.shard_size and kind not in ("auto", "fsdp2"):
-            broken.append(f"strategy.shard_size is for fsdp2, and strategy.kind is {kind}. Leave it out")
-        if not self.strategy.reshard and kind not in ("auto", "fsdp2"):
-            broken.append(f"strategy.reshard: false is for fsdp2, and strategy.kind is {kind}. Leave it out")
-        if kind.startswith("zero") and self.train.param_dtype != "float32" and not self.adapter:
-            broken.append(
-                f"strategy.kind: {kind} keeps masters and moments in float32, whatever train.param_dtype says. "
-                "Leave it out, or set strategy.kind: fsdp2"
-            )
-        if kind.startswith("zero") and optim != "adamw":
-            broken.append(
-                f"strategy.kind: {kind} cuts moments where bitsandbytes' {optim} cannot follow. "
-                "Set optim.name: adamw, or strategy.kind: fsdp2"
-            )
-        if kind.startswith("zero") and self.compute_dtype == "float16":
-            broken.append(
-                f"strategy.kind: {kind} computes in bfloat16 or float32 here. Set model.dtype: bfloat16, or kind: fsdp2"
-            )
-        return broken
-
-    def _slurm_rules(self) -> list[str]:
-        slurm = self.slurm
-        broken = []
-        if slurm.minutes * 60 < 2 * slurm.stop_seconds:
-            broken.append(
-                f"slurm.time is {slurm.time}, and the run would stop {slurm.stop_seconds} s before its end. "
-                "Raise it, or lower slurm.stop_seconds"
-            )
-        if taken := sorted(RESERVED_VARIABLES & slurm.env.keys()):
-            broken.append(f"slurm.env sets {', '.join(taken)}, which the job's script sets by itself. Leave it out")
-        if named := sorted(name for name, value in slurm.env.items() if "$" in value):
-            broken.append(
-                f"slurm.env takes values as they are, and {', '.join(named)} has a $. "
-                "Write slurm.setup: [export NAME=...], which the shell reads"
-            )
-        if taken := sorted(RESERVED_OPTIONS & slurm.sbatch.keys()):
-            broken.append(f"slurm.sbatch sets {', '.join(taken)}, which submit sets by itself. Leave it out")
-        return broken
 
     @property
     def compute_dtype(self) -> Dtype:

@@ -95,8 +95,9 @@ def test_only_the_assembly_knows_the_loop_and_only_the_entries_know_the_assembly
     assert importers["trainer.run"] == {"trainer.__main__", "launch.train"}
 
 
-def test_config_imports_nothing_of_packtrain() -> None:
-    assert own_imports()["trainer.config"] == set()
+def test_config_imports_nothing_of_packtrain_but_its_rules() -> None:
+    assert own_imports()["trainer.config"] == {"trainer.config_rules"}
+    assert own_imports()["trainer.config_rules"] <= {"trainer.config"}
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
