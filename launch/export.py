@@ -26,7 +26,8 @@ def merge(
     however many processes wrote it, becomes standard safetensors; it needs nothing but its own files.
 
     Args:
-        source: run dir (its best checkpoint, else the newest), a checkpoint of it, or an adapter in PEFT's format.
+        source: run dir (its adapter/, else its best checkpoint, else the newest), a checkpoint of it, or an adapter in
+            PEFT's format.
         out: appears only when complete and proven; default: merged/ in the run dir.
         base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
         verify: prove an adapter's merge as `packtrain verify` does, and measure what it did to the validation loss,

@@ -79,9 +79,17 @@ def plan(
         raise UserError(
             "packtrain plan",
             f"nothing fits {report.hardware}: the leanest setting needs {chosen.needed / GIB:.1f} GiB a GPU",
-            fix="take other hardware of the table, or lower data.pack_length, quantise the base "
-            "(quantization: {type: nf4}), or take optim.name: adamw_8bit",
+            fix=f"take other hardware of the table{_leaner(report.job.config)}",
         )
+
+
+def _leaner(config: RunConfig) -> str:
+    """What else a recipe can do about memory."""
+    if config.adapter is None:
+        return ", train an adapter (adapter: {method: lora}), or keep weights in host memory (strategy.offload: all)"
+    if config.quantization is None:
+        return ", quantise the base (quantization: {type: nf4}), or lower data.pack_length"
+    return ", or lower data.pack_length"
 
 
 def build_report(config: RunConfig, gpus: int | None, gpu_memory: float | None, gpu: str | None) -> Report:
@@ -131,7 +139,7 @@ def _job(config: RunConfig, gpu: Gpu, number: int, facts: DataFacts | None) -> J
     try:
         shape = ModelShape.build(read_sizes(config.model))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError("model.path", f"its config.json lacks a size: {error}", "a Llama-family model") from error
+        raise UserError("model.path", f"a config.json without a size: {error}", "a Llama-family model") from error
     per_host = config.slurm.gpus_per_node or 8
     job = Job(config, shape, gpu, number, per_host)
     return replace(job, trained_share=facts.trained_share, attended=facts.attended) if facts else job

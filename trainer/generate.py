@@ -27,7 +27,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.checkpoint.result import ADAPTER_CONFIG, Result, find_result
+from trainer.checkpoint.result import ADAPTER_CONFIG, Result, check_adapter, find_result
 from trainer.config import ModelConfig, RunConfig
 from trainer.data.formats import TEXT_ROLE
 from trainer.data.layout import Rejected
@@ -89,6 +89,7 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Infe
     loaded = load_model(result.config, device)
     _check_base(loaded.base.content_hash, result)
     load_adapter(loaded.model, result.folder)
+    check_adapter(result.folder)
     template = load_template(result.config.data.template, tokenizer)
     return InferenceModel(loaded.model.eval(), tokenizer, template, result.config)
 

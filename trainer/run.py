@@ -334,7 +334,9 @@ def _announce(
         rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
         several = f", {_on(strategy.name, world_size)}{rehearsal}"
     matmuls = ", float8 matmuls" if config.train.float8 else ""
-    kept = ", gate and up kept in float8" if config.train.keep_in_float8 else ""
+    keeps_them = {"none", "norms"}.intersection(sizes.setting.levels.counts)
+    kept = ", gate and up kept in float8" if config.train.keep_in_float8 and keeps_them else ""
+    kept += ", activations in host memory" if config.train.offload_activations else ""
     predicted = sizes.prediction if strategy.device.type == "cuda" else {}
     recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{several}", **predicted)
 

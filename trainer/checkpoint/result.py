@@ -161,6 +161,27 @@ def _adapters_of_run(run_dir: RunDir) -> Iterator[Path]:
             yield checkpoint / "adapter"
 
 
+def check_adapter(folder: Path) -> None:
+    """Compares an adapter with the manifest beside it, or of the checkpoint it lies in; other programs write none.
+
+    A flipped bit in it would be merged, and the merge be proven to be of this very adapter.
+
+    Raises:
+        PacktrainError: its bytes are not those that were written.
+    """
+    for home, prefix in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        if not (home / MANIFEST).exists():
+            continue
+        files = read_manifest(home)["files"]
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            path, expected = folder / name, files.get(prefix + name)
+            if expected and hash_file(path) != expected["blake3"]:
+                raise PacktrainError(
+                    f"{path} does not have the hash its manifest says\n"
+                    f"  fix: copy it again; in a run, delete {folder}, and the run's best checkpoint counts"
+                )
+
+
 def _recorded_base(run_dir: RunDir | None) -> dict[str, Any] | None:
     """The base's identity from the newest checkpoint."""
     return newest_manifest(run_dir).get("base") if run_dir else None

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from trainer.checkpoint.result import Result
+from trainer.checkpoint.result import Result, check_adapter
 from trainer.errors import UserError
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors, base_of_result
@@ -41,6 +41,7 @@ class MergePlan:
     def __init__(self, result: Result, base_kind: BaseKind) -> None:
         self.result, self.adapter = result, read_adapter(result.folder)
         self.base = base_of_result(result, self.adapter)
+        check_adapter(result.folder)
         self.config = copy.deepcopy(as_llama(self.base.config))
         self.kv_heads = KVHeads.of(self.config.to_dict())
         config = result.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -102,12 +103,16 @@ def find_gpu(name: str | None = None, memory: float | None = None) -> Gpu:
     Raises:
         UserError: no such name.
     """
+    if memory is not None and not math.isfinite(memory):
+        raise UserError("--gpu-memory", f"{memory}", "GiB of a GPU, such as 80")
     if name is None:
         if memory is None:
             return _by_name(DEFAULT)
         known = NEW_ENOUGH.get(round(memory))
         return _by_name(known) if known and memory == round(memory) else _of_size(memory)
-    words = set(name.replace("-", " ").replace("_", " ").upper().split())
+    words = {word.removesuffix("GB") for word in name.replace("-", " ").replace("_", " ").upper().split()}
+    if memory is not None:
+        words.add(f"{memory:g}")  # tells an A100 of 40 GB from its family
     found = [
         gpu for gpu in GPUS if words.issuperset(gpu.name.upper().split()) or "".join(words) == gpu.name.replace(" ", "")
     ]
@@ -115,7 +120,7 @@ def find_gpu(name: str | None = None, memory: float | None = None) -> Gpu:
         raise UserError("--gpu", name, ", ".join(gpu.name for gpu in GPUS), "name the nearest, and its --gpu-memory")
     gpu = max(found, key=lambda gpu: len(gpu.name))
     gpu = replace(gpu, flops=peak_bf16_flops(name) or gpu.flops)  # of a variant such as PCIe
-    return gpu if memory is None else replace(gpu, memory=memory * GIB)
+    return gpu if memory in (None, gpu.size) else replace(gpu, memory=memory * GIB)
 
 
 def gpu_at_hand(name: str, memory: float) -> Gpu:

@@ -37,7 +37,8 @@ class Setting:
         return {"micro_batch": self.micro_batch, "recompute": self.levels.counts}
 
     def __str__(self) -> str:
-        return f"micro-batch of {self.micro_batch} packs, recompute {self.levels}"
+        packs = "1 pack" if self.micro_batch == 1 else f"{self.micro_batch} packs"
+        return f"micro-batch of {packs}, recompute {self.levels}"
 
 
 @dataclass(frozen=True)

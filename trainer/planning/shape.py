@@ -33,7 +33,11 @@ class ModelShape:
 
         Raises:
             KeyError: a size is missing.
+            ValueError: one is no number above 0.
         """
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+            if type(config[name]) is not int or config[name] < 1:
+                raise ValueError(f"{name} is {config[name]!r}")
         hidden, heads, layers = (
             config[f"{name}"] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
