@@ -162,24 +162,24 @@ def _adapters_of_run(run_dir: RunDir) -> Iterator[Path]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Compares an adapter with the manifest beside it, or of the checkpoint it lies in; other programs write none.
+    """Compares an adapter's weights with the manifest beside them, or of the checkpoint they lie in, where there is one.
 
-    A flipped bit in it would be merged, and the merge be proven to be of this very adapter.
+    A flipped bit in them would be merged, and the merge be proven to be of this very adapter. Its config is another
+    matter: a base that moved is named there by hand.
 
     Raises:
-        PacktrainError: its bytes are not those that were written.
+        PacktrainError: the bytes are not those that were written.
     """
+    weights = folder / ADAPTER_WEIGHTS
     for home, prefix in ((folder, ""), (folder.parent, f"{folder.name}/")):
         if not (home / MANIFEST).exists():
             continue
-        files = read_manifest(home)["files"]
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            path, expected = folder / name, files.get(prefix + name)
-            if expected and hash_file(path) != expected["blake3"]:
-                raise PacktrainError(
-                    f"{path} does not have the hash its manifest says\n"
-                    f"  fix: copy it again; in a run, delete {folder}, and the run's best checkpoint counts"
-                )
+        expected = read_manifest(home)["files"].get(prefix + ADAPTER_WEIGHTS)
+        if expected and hash_file(weights) != expected["blake3"]:
+            raise PacktrainError(
+                f"{weights} does not have the hash its manifest says\n"
+                f"  fix: copy it again; in a run, delete {folder}, and the run's best checkpoint counts"
+            )
 
 
 def _recorded_base(run_dir: RunDir | None) -> dict[str, Any] | None:
