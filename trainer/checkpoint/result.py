@@ -162,7 +162,7 @@ def _adapters_of_run(run_dir: RunDir) -> Iterator[Path]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Compares an adapter's weights with the manifest beside them, or of the checkpoint they lie in, where there is one.
+    """Compares an adapter's weights with the manifest beside them, or of the checkpoint they lie in, if there is one.
 
     A flipped bit in them would be merged, and the merge be proven to be of this very adapter. Its config is another
     matter: a base that moved is named there by hand.
