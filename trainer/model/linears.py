@@ -21,7 +21,6 @@ import torch
 
 from trainer.model.format import Format
 from trainer.model.kernels import float8
-from trainer.model.kernels.float8 import write_float8
 from trainer.model.kernels.rows import copy_rows
 
 
@@ -84,7 +83,7 @@ class Linear(NamedTuple):
     def write_float8(self, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool) -> None:
         """See `Format.to_float8`."""
         if self.spec.format is None:
-            write_float8(self.base[0], out, row_scales, transposed)
+            float8.write_float8(self.base[0], out, row_scales, transposed)
         else:
             self.spec.format.to_float8(self.base[0], self.base[1], out, row_scales, transposed)
 

@@ -1,7 +1,7 @@
 """Matrices as float8 (e4m3, arXiv:2209.05433) with one scale a row, and their product on the tensor cores.
 
-A share of its row's largest magnitude keeps three bits of mantissa. Values are computed in float32 elsewhere and added
-up in float32 here.
+A share of its row's largest magnitude keeps three bits of mantissa. Shares and scales are computed in float32; products
+are added up as fast as the tensor cores can, in less than float32.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def multiply(
     """
     if not can_multiply(x.device) or x.shape[1] % 16 or len(weight) % 16:
         return ((x.float() * x_scales) @ (weight.float() * weight_scales[:, None]).t()).to(dtype)
-    # Sums of 64 products are added in the tensor cores' own precision, the sums of those in float32.
     return torch._scaled_mm(x, weight.t(), x_scales, weight_scales[None], out_dtype=dtype, use_fast_accum=True)
 
 
