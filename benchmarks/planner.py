@@ -91,6 +91,9 @@ class Bench:
         cell = {
             "model": self.config.model.path,
             "method": self.config.method,
+            "attention": self.model.config._attn_implementation,
+            "trained_share": round(self.job.trained_share, 3),
+            "attended": round(self.job.attended),
             "packs": packs,
             "recompute": level,
             "predicted_tokens_per_second": round(candidate.step.tokens_per_second),

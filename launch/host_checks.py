@@ -149,7 +149,7 @@ def check_shm() -> list[Check]:
 
 def check_disks() -> list[Check]:
     """Room where runs, homes and caches lie."""
-    from trainer.data.cache import cache_root
+    from trainer.caches import cache_root
 
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub")
     places = {"current folder": Path.cwd(), "home": Path.home(), "data cache": cache_root(), "model cache": Path(hub)}

@@ -34,8 +34,10 @@ class ModelConfig(Part):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: the model's")
     dtype: Dtype = Field("bfloat16", description="dtype of frozen weights and of the forward's matmuls")
-    attention: Literal["auto", "varlen", "sdpa"] = Field(
-        "auto", description="auto: varlen on CUDA, sdpa by document elsewhere"
+    attention: Literal["auto", "flash4", "varlen", "sdpa"] = Field(
+        "auto",
+        description="auto: on CUDA flash-attn-4 where it is installed and proves right, else torch's varlen; sdpa by "
+        "document elsewhere",
     )
     trust_remote_code: bool = Field(False, description="let the hub's tokenizer code run")
     init: Literal["pretrained", "random"] = Field(

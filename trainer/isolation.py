@@ -24,7 +24,7 @@ import torch
 from trainer.data.sampler import collate
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.errors import PacktrainError
-from trainer.model.attention import VARLEN
+from trainer.model.attention import FLASH4, VARLEN
 from trainer.strategies.base import Strategy
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,11 @@ def _judge(movement: Movement, attention: str, rank: int) -> None:
         fault, own = "sees no earlier token: a document that was changed", "did not move at its later positions"
     else:
         return
-    fix = "take model.attention: sdpa" if attention == VARLEN else "install torch and transformers as setup.cfg asks"
+    fix = (
+        "take model.attention: sdpa"
+        if attention in (FLASH4, VARLEN)
+        else "install torch and transformers as setup.cfg asks"
+    )
     raise PacktrainError(
         f"attention {attention} {fault}, {own} (rank {rank}, self-test before training)\n"
         f"  fix: {fix}; nothing was trained. Report it with the recipe and `packtrain doctor`"

@@ -13,8 +13,9 @@ from torch import nn
 
 from trainer.data.types import PackedBatch
 from trainer.errors import UserError
+from trainer.model.kernels.cross_entropy import cross_entropy_
 
-# Logits are computed in float32 for this many elements at a time: 256 MiB.
+# Logits held at a time: 128 MiB in 16 bit.
 LOGITS_PER_CHUNK = 2**26
 
 
@@ -35,18 +36,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         projection = weight.to(hidden.dtype)
         rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = (hidden_chunk @ projection.t()).float()
-            log_normalizer = logits.logsumexp(dim=-1)
-            target_column = target_chunk.unsqueeze(-1)
-            loss += (log_normalizer - logits.gather(-1, target_column).squeeze(-1)).sum()
+            logits = hidden_chunk @ projection.t()
+            loss += cross_entropy_(logits, target_chunk, needs_grad).sum()
             if not needs_grad:
                 continue
-            grad_logits = logits.sub_(log_normalizer.unsqueeze(-1)).exp_()
-            grad_logits.scatter_add_(-1, target_column, -torch.ones_like(target_column, dtype=torch.float32))
-            grad_logits = grad_logits.to(hidden.dtype)
-            grads_hidden.append(grad_logits @ projection)
+            grads_hidden.append(logits @ projection)
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden_chunk
+                grad_weight += logits.t() @ hidden_chunk
         ctx.save_for_backward(torch.cat(grads_hidden) if grads_hidden else torch.zeros_like(hidden), grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -23,6 +23,7 @@ from trainer.data.recall import DataFacts
 from trainer.data.sampler import Pack, collate
 from trainer.data.types import IGNORE_INDEX, PackedRows
 from trainer.errors import UserError
+from trainer.model.attention import FLASH4
 from trainer.model.recompute import has_fused_layers
 from trainer.planner import Candidate, needed_bytes, plan, price
 from trainer.planning.hardware import CPU, gpu_at_hand
@@ -49,8 +50,8 @@ def describe_job(config: RunConfig, model: nn.Module, processes: Processes, data
         gpu = gpu_at_hand(processes.from_first(properties.name), processes.min(properties.total_memory))
     model_config = getattr(model, "config")  # noqa: B009, of a PreTrainedModel or PeftModel
     shape = ModelShape.build(model_config.to_dict())
-    fused = has_fused_layers(model)
-    job = Job(config, shape, gpu, processes.world_size, processes.local_world_size, fused)
+    fused, flash4 = has_fused_layers(model), model_config._attn_implementation == FLASH4
+    job = Job(config, shape, gpu, processes.world_size, processes.local_world_size, fused, flash4)
     return replace(job, trained_share=data.trained_share, attended=data.attended) if data else job
 
 

@@ -18,10 +18,19 @@ from transformers import LlamaConfig
 from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.loss import PackedCausalLM
-from trainer.model.attention import VARLEN, cached_attention, document_attention, varlen_attention
+from trainer.model import flash4
+from trainer.model.attention import (
+    FLASH4,
+    VARLEN,
+    cached_attention,
+    document_attention,
+    flash4_attention,
+    varlen_attention,
+)
 from trainer.model.blocks import SwiGLU
 from trainer.model.format import Format
 from trainer.model.int8 import Int8
+from trainer.model.kernels.cross_entropy import cross_entropy_
 from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from trainer.model.kernels.rope import rotate
 from trainer.model.kernels.rows import copy_rows
@@ -72,6 +81,30 @@ def test_varlen_attention_equals_documents_in_float64(kv_heads: int, dtype: torc
     assert relative_error(output, wanted) < 1e-2
     for ours, reference in zip(rows, exact, strict=True):
         assert relative_error(ours.grad, reference.grad) < 1e-2
+
+
+@pytest.mark.skipif(not flash4.is_installed(), reason="needs flash-attn-4")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (64, 8, 128), (32, 4, 64), (8, 8, 80)])
+def test_flash4_equals_documents_or_is_refused(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    fault = flash4.find_fault(heads, kv_heads, head_dim, dtype, CUDA)
+    if head_dim != 80:
+        assert fault is None
+    elif fault:
+        assert "wrong for heads of 80" in fault
+        return
+    torch.manual_seed(1)
+    lengths = [1, 700, 33, 128, 1025]
+    query, key, value = (torch.randn(1, n, sum(lengths), head_dim, device=CUDA) for n in (heads, kv_heads, kv_heads))
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=CUDA)
+    grad, results = torch.randn(1, sum(lengths), heads, head_dim, device=CUDA), []
+    for attend, to in ((flash4_attention, dtype), (document_attention, torch.float64)):
+        rows = [x.to(dtype).to(to).requires_grad_() for x in (query, key, value)]
+        output, _ = attend(nn.Identity(), *rows, None, cu_seq_lens_q=ends, max_length_q=max(lengths))
+        output.backward(grad.to(dtype).to(to))
+        results.append([output, *(row.grad for row in rows)])
+    for found, wanted in zip(*results, strict=True):
+        assert relative_error(found, wanted) < (6e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
 def test_varlen_attention_keeps_documents_apart() -> None:
@@ -234,7 +267,7 @@ def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recom
     half = toy_recipe(model={"dtype": "bfloat16"}, **sections)
     model = load_model(half, CUDA).model
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    assert causal_lm.config._attn_implementation == VARLEN
+    assert causal_lm.config._attn_implementation in (FLASH4, VARLEN)
     set_recompute(model, read_levels(recompute, 2))
 
     found = gradient(model, torch.bfloat16, CUDA)
@@ -380,6 +413,23 @@ def test_rotation_equals_float64(shape: tuple[int, int, int], dtype: torch.dtype
     in_place = x.clone()
     rotate(in_place, cos, sin, out=in_place)
     assert torch.equal(in_place, rotate(x, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(0, 32000), (1, 2), (7, 8192), (65, 32016), (33, 128256)], ids=str)
+def test_cross_entropy_and_its_gradient_equal_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = 8 * torch.randn(shape, device=CUDA, dtype=dtype)
+    targets = torch.randint(shape[1], (shape[0],), device=CUDA)
+    exact = logits.double().requires_grad_()
+    wanted = nn.functional.cross_entropy(exact, targets, reduction="none")
+    wanted.sum().backward()
+    assert exact.grad is not None
+    before = logits.clone()
+    torch.testing.assert_close(cross_entropy_(logits, targets, False), wanted.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(cross_entropy_(logits, targets, True), wanted.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, exact.grad.to(dtype), rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-6)
 
 
 def test_the_norm_keeps_its_input_alone_for_backward() -> None:

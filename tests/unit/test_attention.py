@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.model import flash4
 from trainer.model.attention import (
     BY_DOCUMENT,
     VARLEN,
@@ -21,6 +23,7 @@ from trainer.model.attention import (
 )
 
 LENGTHS = [7, 1, 12, 4]
+BASE = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
 
 
 def build(kv_heads: int, attention: str = BY_DOCUMENT) -> LlamaForCausalLM:
@@ -152,12 +155,58 @@ def test_packed_attention_is_back_after_a_failure() -> None:
         ("auto", "bfloat16", "cpu", BY_DOCUMENT),
         ("varlen", "bfloat16", "cpu", None),
         ("varlen", "float32", "cuda", None),
+        ("flash4", "bfloat16", "cpu", None),
+        ("flash4", "float32", "cuda", None),
     ],
 )
 def test_choice(wish: Any, dtype: str, device: str, chosen: str | None) -> None:
     config = ModelConfig(path="x", attention=wish)
     if chosen is None:
         with pytest.raises(UserError, match=r"model\.attention"):
-            choose_attention(config, dtype, torch.device(device))
+            choose_attention(config, BASE, dtype, torch.device(device))
     else:
-        assert choose_attention(config, dtype, torch.device(device)) == chosen
+        assert choose_attention(config, BASE, dtype, torch.device(device)) == chosen
+
+
+def _right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], causal: bool = True) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    whole = (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in whole), strict=True)
+    attended = [nn.functional.scaled_dot_product_attention(*part, is_causal=causal) for part in parts]
+    return torch.cat(attended, 1).transpose(0, 1)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0].flip(-1)
+
+
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {
+    "right": lambda q, k, v, lengths: _right(q, k, v, lengths),
+    "documents see each other": lambda q, k, v, lengths: _right(q, k, v, [sum(lengths)]),
+    "not causal": lambda q, k, v, lengths: _right(q, k, v, lengths, causal=False),
+    "heads of keys in another order": lambda q, k, v, lengths: _right(q, k.flip(1), v.flip(1), lengths),
+    "gradient of queries": lambda q, k, v, lengths: _right(_WrongGradient.apply(q), k, v, lengths),
+    "gradient of values": lambda q, k, v, lengths: _right(q, k, _WrongGradient.apply(v), lengths),
+    "no gradient of keys": lambda q, k, v, lengths: _right(q, k.detach() + 0 * k, v, lengths),
+}
+
+
+@pytest.mark.parametrize("fault", KERNELS)
+def test_a_kernel_is_compared_before_it_is_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *_: Any) -> torch.Tensor:
+        return KERNELS[fault](q, k, v, cu_seqlens.diff().tolist())
+
+    monkeypatch.setattr(flash4, "flash4", kernel)
+    state = torch.get_rng_state()
+    errors = flash4._compare(4, 2, 16, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    if fault == "right":
+        assert max(errors.values()) < flash4.TOLERANCE / 2
+    else:
+        assert max(errors.values()) > 10 * flash4.TOLERANCE

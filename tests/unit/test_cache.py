@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from trainer.caches import cache_root
 from trainer.config import RunConfig
 from trainer.data import conversion, prepare
-from trainer.data.cache import ABANDONED_SECONDS, cache_root, open_or_build
+from trainer.data.cache import ABANDONED_SECONDS, open_or_build
 from trainer.data.masking import build_labels, load_template
 from trainer.data.prepare import iter_split_examples, load_split_examples, load_splits
 from trainer.data.types import TokenizedRow

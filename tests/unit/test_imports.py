@@ -6,6 +6,7 @@ import ast
 import gc
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SHARED_BY_ROOMS = {"trainer.data.types", "trainer.checkpoint.layout"}  # types a
 ONLY_IN = {
     "bitsandbytes": {"trainer/model/nf4.py", "trainer/optim.py", "trainer/export/as_trained.py"},
     "deepspeed": {"trainer/strategies/zero.py"},
+    "flash_attn": {"trainer/model/flash4.py"},
     "vllm": {"trainer/vllm_engine.py"},
     "wandb": {"trainer/metrics/trackers.py"},
 }
@@ -74,7 +76,7 @@ def test_packages_import_one_way() -> None:
 
 def test_rooms_share_types_only() -> None:
     below = ("config", "errors", "launchers", "preemption", "recipe", "recipe_schema")
-    below += ("optim", "planner", "processes", "schedule", "storage")
+    below += ("optim", "planner", "processes", "schedule", "storage", "caches")
     allowed_outside = SHARED_BY_ROOMS | {f"trainer.{name}" for name in below}
     wrong = [
         f"{module} imports {name}"
@@ -148,3 +150,30 @@ def test_garbage_is_collected_again_after_imports() -> None:
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+def test_a_wheel_holds_every_module_and_what_they_read(tmp_path: Path) -> None:
+    """Built of a copy, as setuptools leaves a build folder behind."""
+    files = [
+        path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".sh", ".jinja")
+    ]
+    for path in [*files, *(ROOT / name for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"))]:
+        copy = tmp_path / "copy" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=tmp_path / "copy", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as held:
+        assert {str(path.relative_to(ROOT)) for path in files} <= set(held.namelist())

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 from blake3 import blake3
 
+from trainer.caches import cache_root
 from trainer.checkpoint.layout import sync
 from trainer.data.packing import Packs
 from trainer.data.sampler import document_cost
@@ -50,11 +51,6 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 PACK_SCHEMA = pa.schema([("rows", pa.large_list(pa.int64()))])
-
-
-def cache_root() -> Path:
-    """``$PACKTRAIN_CACHE``, else ``~/.cache/packtrain``."""
-    return Path(os.environ.get("PACKTRAIN_CACHE") or "~/.cache/packtrain").expanduser()
 
 
 def content_key(parts: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from trainer.caches import cache_root
 from trainer.config import RunConfig
-from trainer.data.cache import cache_root
 from trainer.data.types import DataReport
 
 

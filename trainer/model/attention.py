@@ -6,8 +6,10 @@ own document, causally. No mask of tokens x tokens is ever built, and none is ac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,36 +20,67 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.model import flash4
 
+logger = logging.getLogger(__name__)
+
+FLASH4 = "packed_fa4"  # transformers takes any name with "flash" in it for a kernel of its own to load
 VARLEN = "packed_varlen"
 BY_DOCUMENT = "packed_by_document"
+Kernel = Callable[..., torch.Tensor]  # as `trainer.model.flash4.flash4`
 
 
 def register_attention() -> None:
-    """Makes both kinds known to transformers, under `VARLEN` and `BY_DOCUMENT`. Calling it twice does no harm."""
+    """Makes all kinds known to transformers by their names. Calling it twice does no harm."""
     for name, function in PACKED_ATTENTION.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, refuse_padding)
 
 
-def choose_attention(config: ModelConfig, compute_dtype: str, device: torch.device) -> str:
+def choose_attention(config: ModelConfig, base: Any, compute_dtype: str, device: torch.device) -> str:
     """The registered name for ``model.attention`` on `device`.
 
+    Args:
+        base: the model's own config, for the heads that a kernel has to prove itself with.
+
     Raises:
-        UserError: `varlen` was asked for where its kernel does not run.
+        UserError: a kernel was asked for that does not run there, or not rightly.
     """
+    wish = config.attention
     can_varlen = device.type == "cuda" and compute_dtype != "float32"
-    if config.attention == "varlen" and not can_varlen:
-        raise UserError(
-            "model.attention",
-            f"varlen on {device.type} in {compute_dtype}",
-            "varlen runs on CUDA in 16 bit",
-            "use auto",
-        )
-    return VARLEN if can_varlen and config.attention != "sdpa" else BY_DOCUMENT
+    if wish == "varlen" and not can_varlen:
+        allowed = "varlen runs on CUDA in 16 bit"
+        raise UserError("model.attention", f"varlen on {device.type} in {compute_dtype}", allowed, "use auto")
+    if wish == "flash4" or (wish == "auto" and can_varlen and flash4.is_installed()):
+        fault = _find_fault(base, compute_dtype, device)
+        if fault is None:
+            return FLASH4
+        if wish == "flash4":
+            raise UserError("model.attention", f"flash4, but {fault}", "what proves right on this device", "use auto")
+        logger.warning("%s is installed but not used: %s", flash4.PACKAGE, fault)
+    return VARLEN if can_varlen and wish != "sdpa" else BY_DOCUMENT
 
 
-def varlen_attention(
+def _find_fault(base: Any, compute_dtype: str, device: torch.device) -> str | None:
+    heads = base.num_attention_heads
+    head_dim = getattr(base, "head_dim", None) or base.hidden_size // heads
+    kv_heads = getattr(base, "num_key_value_heads_per_layer", None) or [base.num_key_value_heads]
+    dtype = getattr(torch, compute_dtype)
+    faults = (flash4.find_fault(heads, count, head_dim, dtype, device) for count in sorted(set(kv_heads)))
+    return next(filter(None, faults), None)
+
+
+def _torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, scale: float | None
+) -> torch.Tensor:
+    # What `torch.nn.attention.varlen.varlen_attn` calls, which in torch 2.11 takes no fewer heads of keys than of
+    # queries; the kernel does, so that they need not be repeated, and kept so.
+    forward = torch.ops.aten._flash_attention_forward
+    return forward(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=scale)[0]
+
+
+def packed_attention(
+    kernel: Kernel,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -61,6 +94,7 @@ def varlen_attention(
     """Flash attention for documents of different lengths.
 
     Args:
+        kernel: computes it; in 16 bit. Everything else is done by document.
         query: ``[1, heads, tokens, head_dim]``; `key` and `value` the same, with fewer heads under GQA.
         cu_seq_lens_q: ``[documents + 1]`` int32, cumulative lengths from 0.
         max_length_q: length of the longest document.
@@ -73,12 +107,7 @@ def varlen_attention(
     # Squeezed: the gradient of an index is a tensor of zeros with a copy in it. Float32 norms and rotary tables under
     # autocast leave query and key in float32; the kernel wants one dtype.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    cu, longest = cu_seq_lens_q, max_length_q
-    # What `torch.nn.attention.varlen.varlen_attn` calls, which in torch 2.11 takes no fewer heads of keys than of
-    # queries; the kernel does, so that they need not be repeated, and kept so.
-    forward = torch.ops.aten._flash_attention_forward
-    output = forward(q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scaling)[0]
-    return output.unsqueeze(0), None
+    return kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
 
 
 def document_attention(
@@ -93,7 +122,7 @@ def document_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal ``scaled_dot_product_attention``, one document after the other; exact on any device and dtype.
 
-    Arguments as in `varlen_attention`. Without `cu_seq_lens_q` every row is one document.
+    Arguments as in `packed_attention`. Without `cu_seq_lens_q` every row is one document.
 
     Raises:
         ValueError: keys and queries differ in length, as with a KV cache.
@@ -127,7 +156,13 @@ def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwa
         raise ValueError("packed attention takes no padding: run padded rows inside `cached_attention(model)`")
 
 
-PACKED_ATTENTION = {VARLEN: varlen_attention, BY_DOCUMENT: document_attention}
+varlen_attention = partial(packed_attention, _torch_varlen)
+flash4_attention = partial(packed_attention, flash4.flash4)
+PACKED_ATTENTION: dict[str, Callable[..., Any]] = {
+    FLASH4: flash4_attention,
+    VARLEN: varlen_attention,
+    BY_DOCUMENT: document_attention,
+}
 
 
 @contextmanager

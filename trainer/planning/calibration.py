@@ -13,6 +13,8 @@ GIB = 2**30
 
 MATMUL_SHARE = 0.708  # of the peak FLOP/s, in the mix of a step: 700 of 989 TFLOP/s on an H200 at its limit of power
 FLOAT8_SHARE = 0.748  # of float8's peak, which is twice that: 1,480 TFLOP/s
+VARLEN_SHARE = 0.25  # of the peak that torch's attention reaches over causal documents of 4,096 and 8,192 tokens
+FLASH4_SHARE = 0.47  # and flash-attn-4
 BANDWIDTH_SHARE = 0.90  # of the peak bandwidth that elementwise kernels reach: 4.3 of 4.8 TB/s on an H200
 FABRIC_SHARE = 0.75  # of a link's peak that collectives reach; estimate
 # How often forward and backward move all that autograd keeps of a layer beside the matmuls: norms, rotary embedding,

@@ -47,6 +47,7 @@ class Job:
 
     Attributes:
         fused: layers compute as three nodes (`trainer.model.recompute.has_fused_layers`); None: as the recipe implies.
+        flash4: attention is flash-attn-4's; None: only if the recipe asks for it by name.
         trained_share: of the tokens that are in the loss.
         attended: positions that a token attends to, mean over tokens.
     """
@@ -57,6 +58,7 @@ class Job:
     num_gpus: int = 1
     gpus_per_host: int = 8
     fused: bool | None = None
+    flash4: bool | None = None
     trained_share: float = calibration.TRAINED_SHARE
     attended: float = calibration.ATTENDED
 
@@ -68,6 +70,12 @@ class Job:
             return self.fused
         adapter = self.config.adapter
         return adapter is None or not (adapter.dropout or adapter.dora)
+
+    @property
+    def attention_share(self) -> float:
+        """Of the peak FLOP/s that attention's kernels reach."""
+        flash4 = self.config.model.attention == "flash4" if self.flash4 is None else self.flash4
+        return calibration.FLASH4_SHARE if flash4 else calibration.VARLEN_SHARE
 
     @cached_property
     def packs_each(self) -> int:

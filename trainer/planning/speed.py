@@ -110,7 +110,8 @@ def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
     weights, size = shape.layer_weights, job.compute_size
     attended = min(job.attended, config.data.pack_length / 2)
     base = (6 if config.adapter is None else 4) * weights / _base_flops(job)
-    beside = (6 * job.layer_adapter_weights + 3 * 4 * shape.query * attended) / _flops(job)
+    beside = 6 * job.layer_adapter_weights / _flops(job)
+    beside += 3 * 4 * shape.query * attended / (job.gpu.flops * job.attention_share)
     passes = calibration.FUSED_PASSES if fused else calibration.UNFUSED_PASSES
     moved = passes * saved_bytes(job, kind, "none") + (_float8_bytes(job) if config.train.float8 else 0.0)
     is_written = config.quantization or (config.adapter and fused)  # the base, for each matmul
