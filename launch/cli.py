@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, CycloptsError, Parameter, Token, UnknownOptionError, convert
 
-from trainer.errors import EXIT_DONE, EXIT_USER_ERROR, PacktrainError, explain_os_error
+from trainer.errors import EXIT_DONE, EXIT_USER_ERROR, PacktrainError, UserError, explain_os_error
 
 COMMANDS = {  # name -> where its function is, and its line in the list of commands
     "init": ("launch.init:init", "Write a commented recipe for a model, data and hardware."),
@@ -71,7 +73,7 @@ def build_app(chosen: str = "") -> App:
         name="packtrain",
         help="Fine-tune Llama-family models from a recipe.",
         version=_version,
-        default_parameter=Parameter(negative_iterable=()),
+        default_parameter=Parameter(negative_iterable=(), converter=_convert),
     )
     for position, (name, (function, summary)) in enumerate(COMMANDS.items()):
         app.command(
@@ -82,6 +84,14 @@ def build_app(chosen: str = "") -> App:
             help_epilogue=OVERRIDES_HELP if name in TAKE_OVERRIDES else None,
         )
     return app
+
+
+def _convert(kind: Any, tokens: Sequence[Token]) -> Any:
+    """What was given, as its parameter's type. cyclopts by itself would round ``--gpus 1.5`` to 2."""
+    if kind is int and not re.fullmatch(r"[+-]?[0-9]+", tokens[-1].value):
+        found = f"found {tokens[-1].value!r}"
+        raise UserError(str(tokens[-1].keyword), found, "a whole number", "write digits alone, such as 4")
+    return convert(kind, tokens)
 
 
 def _run(tokens: list[str]) -> None:

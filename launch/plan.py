@@ -52,7 +52,7 @@ class Report:
 def plan(
     recipe: Path,
     *,
-    gpus: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    gpus: Annotated[int | None, Parameter(validator=Number(gte=1, lte=MILLION))] = None,
     gpu_memory: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
     gpu: str | None = None,
     json: bool = False,

@@ -434,6 +434,33 @@ def test_other_wrong_options(finished_run: Path, recipe: dict[str, Any], tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "r.yaml", "--gpus"],
+        ["plan", "r.yaml", "--gpus"],
+        ["preprocess", "r.yaml", "--show"],
+        ["logs", "run", "--lines"],
+        ["generate", "run", "--prompt", "a", "--max-new-tokens"],
+        ["generate", "run", "--prompt", "a", "--num-beams"],
+        ["chat", "run", "--seed"],
+        ["evaluate", "run", "--max-rows"],
+        ["serve", "run", "--gpus"],
+        ["serve", "run", "--port"],
+        ["serve", "run", "--max-length"],
+    ],
+    ids=lambda words: f"{words[0]} {words[-1]}",
+)
+def test_no_number_is_rounded(words: list[str], refuses: Refuses) -> None:
+    for value in ("1.5", "2.0", "two"):
+        message = refuses([*words, value])
+        assert message.splitlines() == [
+            f"{words[-1]}: found '{value}'",
+            "  allowed: a whole number",
+            "  fix: write digits alone, such as 4",
+        ]
+
+
 def test_prompts_keep_every_character(finished_run: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('\ufeff{"prompt": "a\u2028b"}\n{"prompt": ""}\n', encoding="utf-8")

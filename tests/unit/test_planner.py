@@ -416,6 +416,7 @@ def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["--gpu", "TPU"], "RTX 4090"),
+        (["--gpus", "1" + "0" * 400], "--gpus"),
         (["--gpus", "3", "--strategy.shard_size", "2"], "shard_size"),
         (["--gpu", "A100", "--train.float8", "true"], "train.float8: true on A100"),
         (["--gpus", "2", "--strategy.kind", "single"], "single"),
