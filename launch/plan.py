@@ -72,7 +72,7 @@ def plan(
     """
     report = build_report(load_recipe(recipe, overrides), gpus, gpu_memory, gpu)
     if json:
-        print(jsonlib.dumps(as_json(report), indent=2))
+        print(jsonlib.dumps(as_json(report), indent=2, allow_nan=False))
     else:
         _print(report)
     if not (chosen := report.chosen).fits:
@@ -154,10 +154,10 @@ def _allows(config: RunConfig, number: int) -> bool:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain data; bytes, seconds and tokens."""
+    """The report as plain data; bytes, seconds and tokens. Tokens and hours are None until the data are prepared."""
     from trainer.planning.host import predict_disk, predict_host
 
-    job, chosen = report.job, report.chosen
+    job, chosen, tokens = report.job, report.chosen, _run_tokens(report)
     host, disk = predict_host(job, chosen.setting.kind, chosen.setting), predict_disk(job)
     return {
         "hardware": {"gpus": job.num_gpus, "gpu": job.gpu.name, "memory": job.gpu.memory},
@@ -165,8 +165,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "chosen": _candidate_json(chosen),
         "host": {**asdict(host), "peak": host.peak},
         "disk": {**asdict(disk), "total": disk.total},
-        "tokens": _run_tokens(report),
-        "hours": _hours(report, _run_tokens(report) or MILLION),
+        "tokens": tokens,
+        "hours": None if tokens is None else _hours(report, tokens),
         "candidates": [_candidate_json(candidate) for candidate in report.candidates],
         "elsewhere": [
             {"gpus": number, "gpu": gpu.name, **_candidate_json(candidate)}

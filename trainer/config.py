@@ -217,7 +217,7 @@ class GlobalBatch(Part):
 class TrainConfig(Part):
     """Length, batch and determinism of the run."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the training packs")
+    epochs: float = Field(1.0, gt=0, le=1e5, description="passes over the training packs")
     max_steps: int | None = Field(None, ge=1, description="exactly this many steps, whatever epochs says")
     global_batch: GlobalBatch = GlobalBatch(tokens=65536, rows=None)
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="packs in one forward")

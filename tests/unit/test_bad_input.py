@@ -128,6 +128,7 @@ def flip_a_bit(file: Path) -> None:
         ({"optin": {"lr": 1}}, ["did you mean optim?"]),
         ({"schedule": {"warmup": 2.5}}, ["schedule.warmup is 2.5", "whole number"]),
         ({"train": {"micro_batch": 3}}, ["train.micro_batch is 3"]),
+        ({"train": {"max_steps": None, "epochs": 1e308}}, ["train.epochs: found 1.0e+308", "at most 100000"]),
         ({"adapter": {"r": 0}}, ["adapter.r: found 0"]),
         ({"adapter": {"r": 10**6}}, ["adapter.r: 1000000", "1 to 160"]),
         ({"adapter": {"targets": ["nope_proj"]}}, ["adapter.targets: nope_proj", "q_proj"]),

@@ -428,6 +428,13 @@ def test_wrong_input(words: list[str], said: str, recipe: Path, capsys: pytest.C
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("gib", ["inf", "nan", "1e300"])
+def test_memory_without_end_is_refused(gib: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--json", "--gpu-memory", gib]) == EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    assert "--gpu-memory" in captured.err and captured.out == ""
+
+
 def test_tokens_and_time_once_the_data_are_prepared(
     toy_recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -440,3 +447,4 @@ def test_tokens_and_time_once_the_data_are_prepared(
     assert main(command) == 0
     after = json.loads(capsys.readouterr().out)
     assert (before["tokens"], after["tokens"]) == (None, 2 * summary["tokens"])
+    assert before["hours"] is None and after["hours"] > 0

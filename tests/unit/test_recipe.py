@@ -323,7 +323,7 @@ CONFIG = st.fixed_dictionaries(
         | st.fixed_dictionaries({"alpha": FLOAT, "targets": st.just("all-linear") | st.lists(TEXT, max_size=2)}),
         "optim": st.fixed_dictionaries({"lr": FLOAT, "eps": FLOAT, "max_grad_norm": st.none() | FLOAT}),
         "eval": st.fixed_dictionaries({"samples": st.lists(TEXT, max_size=3)}),
-        "train": st.fixed_dictionaries({"seed": st.integers(-(10**17), 10**17), "epochs": FLOAT}),
+        "train": st.fixed_dictionaries({"seed": st.integers(-(10**17), 10**17), "epochs": st.floats(1e-12, 1e5)}),
     },
 ).map(RunConfig.model_validate)
 

@@ -103,7 +103,7 @@ def find_gpu(name: str | None = None, memory: float | None = None) -> Gpu:
     Raises:
         UserError: no such name.
     """
-    if memory is not None and not math.isfinite(memory):
+    if memory is not None and not math.isfinite(memory * GIB):
         raise UserError("--gpu-memory", f"{memory}", "GiB of a GPU, such as 80")
     if name is None:
         if memory is None:
