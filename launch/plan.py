@@ -96,21 +96,26 @@ def build_report(config: RunConfig, gpus: int | None, gpu_memory: float | None, 
     """Everything `packtrain plan` prints.
 
     Raises:
-        UserError: no such GPU; more GPUs than the strategy takes; the model's sizes cannot be read.
+        UserError: no such GPU; a number of GPUs that the strategy does not take; the model's sizes cannot be read.
     """
     from trainer import planner
     from trainer.data.recall import recall
     from trainer.planning.hardware import find_gpu
 
     facts = recall(config)
+    if gpus is None and config.strategy.kind == "single":
+        gpus = 1  # as `packtrain train` does
     chosen, number, source = _find_hardware(gpus, gpu_memory, gpu)
+    hardware = f"{number} x {chosen}{source}"
+    if not _allows(config, number):
+        raise _refused_number(config, gpus, hardware)
     job = _job(config, chosen, number, facts)
     elsewhere = []
     for other_number, size in ELSEWHERE:
         if _allows(config, other_number):
             other = replace(job, gpu=find_gpu(memory=size), num_gpus=other_number)
             elsewhere.append((other_number, other.gpu, planner.plan(other)[0]))
-    return Report(job, f"{number} x {chosen}{source}", facts, planner.plan(job), elsewhere)
+    return Report(job, hardware, facts, planner.plan(job), elsewhere)
 
 
 def _find_hardware(gpus: int | None, gpu_memory: float | None, name: str | None) -> tuple[Gpu, int, str]:
@@ -132,10 +137,6 @@ def _job(config: RunConfig, gpu: Gpu, number: int, facts: DataFacts | None) -> J
     if config.train.float8 and not gpu.float8:
         able = ", ".join(known.name for known in GPUS if known.float8)
         raise UserError("train.float8", f"true on {gpu.name}", able, "set it to false, or name another --gpu")
-    if not _allows(config, number):
-        shards = config.strategy.shard_size
-        found = f"{number}, and " + (f"strategy.shard_size is {shards}" if shards else "strategy.kind is single")
-        raise UserError("--gpus", found, "1 for single, a multiple of shard_size", "name another, or change the recipe")
     try:
         shape = ModelShape.build(read_sizes(config.model))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -148,6 +149,15 @@ def _job(config: RunConfig, gpu: Gpu, number: int, facts: DataFacts | None) -> J
 def _allows(config: RunConfig, number: int) -> bool:
     strategy = config.strategy
     return not (strategy.kind == "single" and number > 1) and not (strategy.shard_size and number % strategy.shard_size)
+
+
+def _refused_number(config: RunConfig, asked: int | None, hardware: str) -> UserError:
+    shards = config.strategy.shard_size
+    if asked is None:
+        found = f"{shards}, and this plan would be for {hardware}"
+        return UserError("strategy.shard_size", found, f"a multiple of {shards} GPUs", f"name them: --gpus {shards}")
+    found = f"{asked}, and " + (f"strategy.shard_size is {shards}" if shards else "strategy.kind is single")
+    return UserError("--gpus", found, "1 for single, a multiple of shard_size", "name another, or change the recipe")
 
 
 # --------------------------------------------------------------------------------------------------------------- json

@@ -393,6 +393,14 @@ def test_the_command_says_what_it_assumed(
     assert "1 x H100 (79.1 GiB), as no GPU is here and none was named" in capsys.readouterr().out
 
 
+def test_single_is_planned_for_one_gpu_of_this_host(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.planning.hardware.read_gpu", lambda environ: (find_gpu("H100"), 8))
+    assert main(["plan", str(recipe), "--strategy.kind", "single"]) == 0
+    assert "planned for 1 x H100 (79.1 GiB) of this host" in capsys.readouterr().out
+
+
 def test_the_command_for_programs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--gpus", "4", "--gpu", "A100", "--json", "--train.max_steps", "100"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -417,7 +425,8 @@ def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--gpu", "TPU"], "RTX 4090"),
         (["--gpus", "1" + "0" * 400], "--gpus"),
-        (["--gpus", "3", "--strategy.shard_size", "2"], "shard_size"),
+        (["--gpus", "3", "--strategy.shard_size", "2"], "--gpus: 3, and strategy.shard_size is 2"),
+        (["--strategy.shard_size", "2"], "strategy.shard_size: 2, and this plan would be for 1 x H100"),
         (["--gpu", "A100", "--train.float8", "true"], "train.float8: true on A100"),
         (["--gpus", "2", "--strategy.kind", "single"], "single"),
         (["--model.path", "no/such/model/at/all"], "model.path"),
