@@ -76,20 +76,14 @@ def plan(
     else:
         _print(report)
     if not (chosen := report.chosen).fits:
+        from trainer.planner import smaller_weights
+
+        ways = ", ".join(smaller_weights(report.job.config))
         raise UserError(
             "packtrain plan",
             f"nothing fits {report.hardware}: the leanest setting needs {chosen.needed / GIB:.1f} GiB a GPU",
-            fix=f"take other hardware of the table{_leaner(report.job.config)}",
+            fix=f"take other hardware of the table, {ways}, or lower data.pack_length",
         )
-
-
-def _leaner(config: RunConfig) -> str:
-    """What else a recipe can do about memory."""
-    if config.adapter is None:
-        return ", train an adapter (adapter: {method: lora}), or keep weights in host memory (strategy.offload: all)"
-    if config.quantization is None:
-        return ", quantise the base (quantization: {type: nf4}), or lower data.pack_length"
-    return ", or lower data.pack_length"
 
 
 def build_report(config: RunConfig, gpus: int | None, gpu_memory: float | None, gpu: str | None) -> Report:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from trainer.config import RecomputeLevel
+from trainer.config import RecomputeLevel, RunConfig
 from trainer.planning import calibration
 from trainer.planning.host import predict_host
 from trainer.planning.job import Job, Kind, Setting
@@ -91,6 +91,22 @@ def open_kinds(job: Job, host_memory: float | None = None) -> tuple[Kind, ...]:
 def choose_kind(job: Job, host_memory: float | None = None) -> Kind:
     """The strategy of the fastest setting that fits; where none does, of the leanest."""
     return plan(job, open_kinds(job, host_memory))[0].setting.kind
+
+
+def smaller_weights(config: RunConfig) -> list[str]:
+    """What a recipe can still do, in words, where its weights and what training keeps of them take too much memory."""
+    kind, offload, full = config.strategy.kind, config.strategy.offload, config.adapter is None
+    cuts = kind in ("auto", "fsdp2", "zero3")
+    has_4_bits = config.quantization is not None and config.quantization.type != "int8"
+    keeps_moments = full and config.optim.name == "adamw"
+    ways = {
+        "train an adapter (adapter: {method: lora})": full,
+        "quantise the base (quantization: {type: nf4})": not full and not has_4_bits,
+        "take optim.name: adamw_8bit": keeps_moments and offload == "none" and not kind.startswith("zero"),
+        "keep weights in host memory (strategy.offload: all)": keeps_moments and offload != "all" and cuts,
+        f"cut the model over more GPUs{'' if cuts else ' (strategy.kind: fsdp2)'}": True,
+    }
+    return [way for way, is_open in ways.items() if is_open]
 
 
 def micro_batches(job: Job) -> list[int]:

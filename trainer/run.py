@@ -43,6 +43,7 @@ from trainer.model.quantized import fingerprint
 from trainer.model.recompute import keep_in_float8, offload_activations, set_recompute, use_float8
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
+from trainer.planner import smaller_weights
 from trainer.planning.job import Job
 from trainer.preemption import StopRequest
 from trainer.preflight import (
@@ -173,8 +174,7 @@ def _load(
         strategy.shard(root)
         return load_weights(built, config, strategy.place, strategy.processes, partial(watchdog.mark, 0), check_stop)
     except torch.OutOfMemoryError as error:
-        fix = "quantise the base (quantization: {type: nf4}), cut it over more GPUs (strategy.kind: fsdp2), "
-        fix += "train an adapter, or choose a smaller model"
+        fix = f"{', '.join(smaller_weights(config))}, or choose a smaller model"
         raise UserError("model.path", f"{config.model.path} does not fit this GPU: {error}", fix=fix) from error
 
 
@@ -281,7 +281,7 @@ def _choose_sizes(
             return Sizes(begin_with(manifest["progress"], candidates, job), set_levels)
     sizes = Sizes(candidates, set_levels)
     if len(candidates) > 1 and strategy.device.type == "cuda":
-        sizes.confirm(strategy, splits.train, job.packs_each, config.data.pack_length)
+        sizes.confirm(strategy, splits.train, job.packs_each, config)
     return sizes
 
 

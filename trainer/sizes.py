@@ -25,7 +25,7 @@ from trainer.data.types import IGNORE_INDEX, PackedRows
 from trainer.errors import UserError
 from trainer.model.attention import FLASH4
 from trainer.model.recompute import has_fused_layers
-from trainer.planner import Candidate, needed_bytes, plan, price
+from trainer.planner import Candidate, needed_bytes, plan, price, smaller_weights
 from trainer.planning.hardware import CPU, gpu_at_hand
 from trainer.planning.job import Job, Kind, Setting
 from trainer.planning.levels import LayerLevels, read_levels
@@ -117,7 +117,7 @@ class Sizes:
         memory, step = self._current.memory, self._current.step
         return {"predicted_gib": memory.peak / GIB, "predicted_tokens_per_second": step.tokens_per_second}
 
-    def confirm(self, strategy: Strategy, packs: PackedRows, packs_each: int, pack_length: int) -> None:
+    def confirm(self, strategy: Strategy, packs: PackedRows, packs_each: int, config: RunConfig) -> None:
         """Measures candidates on the real model, the fastest first, until one fits on every process.
 
         Args:
@@ -131,14 +131,14 @@ class Sizes:
         strategy.allocate_optimizer()
         while True:
             setting, predicted = self.setting, self._current.memory.peak
-            measured = _measure(strategy, packs, packs_each, setting.micro_batch * pack_length)
+            measured = _measure(strategy, packs, packs_each, setting.micro_batch * config.data.pack_length)
             excess = needed_bytes(measured, setting.kind) - total
             text = "%s: predicted %.1f GiB, measured %.1f, of %.0f"
             logger.info(text, setting, *(size / GIB for size in (predicted, measured, total)))
             if excess <= 0:
                 return
             if (leaner := self._leaner_than(predicted - excess)) is None:
-                raise _too_large(setting, measured, total)
+                raise _too_large(setting, measured, total, config)
             self._take(leaner)
 
     def back_off(self, found: float) -> str | None:
@@ -175,12 +175,12 @@ class Sizes:
         self._set_levels(candidate.setting.levels)
 
 
-def _too_large(setting: Setting, measured: float, total: float) -> UserError:
+def _too_large(setting: Setting, measured: float, total: float, config: RunConfig) -> UserError:
+    ways = ", ".join(smaller_weights(config))
     return UserError(
         "train.micro_batch",
         f"{setting} takes some {measured / GIB:.1f} GiB, and this GPU has {total / GIB:.1f}",
-        fix="lower data.pack_length, quantise the base (quantization: {type: nf4}), cut it over more GPUs "
-        "(strategy.kind: fsdp2), or take optim.name: adamw_8bit; packtrain plan says what would fit",
+        fix=f"{ways}, or lower data.pack_length; packtrain plan says what would fit",
     )
 
 

@@ -22,7 +22,7 @@ from trainer.model.folder import read_sizes
 from trainer.model.load import load_model
 from trainer.model.recompute import decoder_layers, has_fused_layers, set_recompute
 from trainer.model.shapes import published_shape
-from trainer.planner import Candidate, plan
+from trainer.planner import Candidate, plan, smaller_weights
 from trainer.planning import memory
 from trainer.planning.hardware import GIB, find_gpu, gpu_at_hand
 from trainer.planning.host import checkpoint_bytes, predict_disk
@@ -53,6 +53,34 @@ def job(
     for name, section in sections.items():
         fields[name] = {**fields.get(name, {}), **section}
     return Job(RunConfig.model_validate(fields), ModelShape.build(shape), find_gpu(gpu), gpus, fused=fused)
+
+
+SMALLER = {
+    "an adapter": "train an adapter (adapter: {method: lora})",
+    "4 bits": "quantise the base (quantization: {type: nf4})",
+    "8-bit moments": "take optim.name: adamw_8bit",
+    "host": "keep weights in host memory (strategy.offload: all)",
+    "more GPUs": "cut the model over more GPUs",
+    "fsdp2": "cut the model over more GPUs (strategy.kind: fsdp2)",
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "open_ways"),
+    [
+        ({}, ["an adapter", "8-bit moments", "host", "more GPUs"]),
+        ({"strategy": {"kind": "ddp"}}, ["an adapter", "8-bit moments", "fsdp2"]),
+        ({"strategy": {"kind": "zero3"}}, ["an adapter", "host", "more GPUs"]),
+        ({"strategy": {"offload": "all"}}, ["an adapter", "more GPUs"]),
+        ({"optim": {"name": "adamw_8bit"}}, ["an adapter", "more GPUs"]),
+        (LORA, ["4 bits", "more GPUs"]),
+        ({**LORA, "quantization": {"type": "int8"}}, ["4 bits", "more GPUs"]),
+        ({**QLORA, "strategy": {"kind": "single"}}, ["fsdp2"]),
+        (QLORA, ["more GPUs"]),
+    ],
+)
+def test_advice_leaves_out_what_the_recipe_does(sections: dict[str, Any], open_ways: list[str]) -> None:
+    assert smaller_weights(job(LLAMA_7B, **sections).config) == [SMALLER[way] for way in open_ways]
 
 
 # ------------------------------------------------------------------------------------------------ against measured runs
@@ -418,6 +446,7 @@ def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert "does not fit" in captured.out and "1 x 141 GB" in captured.out
     assert "nothing fits 1 x RTX 4090" in captured.err
+    assert "table, cut the model over more GPUs, or lower data.pack_length" in captured.err  # quantised already
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measured], Sizes]:
             monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: strategy.peak)
         sizes = Sizes(plan(job), lambda levels: setattr(strategy, "levels", levels))
-        sizes.confirm(strategy, PACKS, 16, 4096)  # type: ignore[arg-type]
+        sizes.confirm(strategy, PACKS, 16, job.config)  # type: ignore[arg-type]
         return sizes
 
     return run
@@ -104,8 +104,9 @@ def levels_of(sizes: Sizes) -> str:
 
 
 def test_where_nothing_fits_the_run_ends_before_its_first_step(confirm: Callable[[Measured], Sizes]) -> None:
-    with pytest.raises(UserError, match="and this GPU has 23.6"):
+    with pytest.raises(UserError, match="and this GPU has 23.6") as refused:
         confirm(Measured(lambda levels: room_for(100)))
+    assert refused.value.fix.startswith("cut the model over more GPUs, or lower data.pack_length;")  # it is quantised
 
 
 # ---------------------------------------------------------------------------------------------------- out of memory
