@@ -45,7 +45,8 @@ class ClusterChecks:
             fix = "wait, or ask the cluster's administrators; scontrol ping tells which daemon is down"
             return [Check("SLURM", "failed", str(error), fix)]
         version, name = self._config.get("SLURM_VERSION", "?"), self._config.get("ClusterName", "?")
-        return [Check("SLURM", "ok", f"{version}, cluster {name}, {len(self.facts.nodes)} nodes")]
+        nodes = f"{len(self.facts.nodes)} node{'s' * (len(self.facts.nodes) != 1)}"
+        return [Check("SLURM", "ok", f"{version}, cluster {name}, {nodes}")]
 
     def check_profile(self) -> list[Check]:
         """The cluster's profile is valid and names what there is."""
@@ -86,7 +87,7 @@ class ClusterChecks:
         limit = (
             "no time limit" if default.max_minutes is None else f"at most {duration(60 * default.max_minutes)} a job"
         )
-        found = f"{default.name}, {limit}, {default.gpus_per_node} GPUs a node"
+        found = f"{default.name}, {limit}, {default.gpus_per_node} GPU{'s' * (default.gpus_per_node != 1)} a node"
         if not default.is_up:
             return [Check("default partition", "warning", f"{found}; it is down at present", "name another one")]
         if not default.gpus_per_node:

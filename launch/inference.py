@@ -73,7 +73,7 @@ def generate(
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        print(f"{len(records)} answers in {out}")
+        print(f"{len(records)} answer{'s' * (len(records) != 1)} in {out}")
         return
     for record in records:
         asked = record["prompt"] if "prompt" in record else record["messages"][-1]["content"]

@@ -212,7 +212,8 @@ def _print(report: Report) -> None:
 
     console = new_console()
     config = report.job.config
-    packs = f"{config.packs_per_step} packs of {config.data.pack_length:,} tokens a step"
+    count = config.packs_per_step
+    packs = f"{count} pack{'s' * (count != 1)} of {config.data.pack_length:,} tokens a step"
     console.print(f"{config.model.path}: {config.method}, {packs}")
     console.print(f"planned for {report.hardware}\n")
     console.print(_facts_table(report))

@@ -174,7 +174,9 @@ def _print_sweep(sweep: SweepStatus) -> None:
 
 
 def _counted(sweep: SweepStatus) -> str:
-    return f"{len(sweep.runs)} runs: " + ", ".join(f"{number} {state}" for state, number in sweep.count().items())
+    return f"{len(sweep.runs)} run{'s' * (len(sweep.runs) != 1)}: " + ", ".join(
+        f"{number} {state}" for state, number in sweep.count().items()
+    )
 
 
 def _short_names(fields: Sequence[str]) -> list[str]:
@@ -221,7 +223,8 @@ def _facts(run: RunStatus) -> dict[str, str]:
         ran = f" for {duration(job.elapsed)}{limit}" if job.elapsed else ""
         facts["job"] = f"{job.job_id} {job.text}{ran}, submitted {clock(float(submission.get('submitted', 0)))}"
         where = run.nodes or f"{submission.get('nodes')}"
-        facts["nodes"] = f"{where}, {submission.get('gpus_per_node')} GPUs each"
+        gpus = submission.get("gpus_per_node")
+        facts["nodes"] = f"{where}, {gpus} GPU{'s' * (gpus != 1)} each"
         facts["restarts"] = f"{run.history.restarts} of at most {submission.get('max_restarts')}"
         facts["GPU-hours"] = f"{run.gpu_hours:.2f}"
     for follower in run.then:

@@ -107,11 +107,11 @@ def _check_all_differ(configs: list[RunConfig], variations: list[Variation]) -> 
 def _cost(found: Plan) -> str:
     slurm, runs = found.slurm, len(found.run_dirs)
     hours, minutes = divmod(slurm.minutes, 60)
-    each = f"{slurm.nodes} x {slurm.gpus_per_node} GPUs for at most {hours}:{minutes:02d} h"
+    gpus = f"{slurm.nodes} x {slurm.gpus_per_node} GPU{'s' * (slurm.gpus_per_node != 1)}"
+    each = f"{gpus} for at most {hours}:{minutes:02d} h"
     several = f"{runs} runs on " if runs > 1 else ""
-    return (
-        f"at stake: {several}{each} = {found.gpu_hours:,.1f} GPU-hours a start, at most {slurm.max_restarts} restarts"
-    )
+    restarts = f"at most {slurm.max_restarts} restart{'s' * (slurm.max_restarts != 1)}"
+    return f"at stake: {several}{each} = {found.gpu_hours:,.1f} GPU-hours a start, {restarts}"
 
 
 def _tell(found: Plan, submitted: list[Submitted], home: Path) -> None:

@@ -181,10 +181,9 @@ def check_run(folder: Path) -> None:
         UserError: `folder` is not there, is a sweep's, or no run has written in it.
     """
     if sweep := read_sweep(folder):
-        names = [str(folder / run["run_dir"]) for run in sweep["runs"][:3]]
-        raise UserError(
-            "RUN_DIR", f"{folder} is a sweep of {len(sweep['runs'])} runs", "one of them: " + ", ".join(names)
-        )
+        names = [str(folder / run["run_dir"]) for run in sweep["runs"]]
+        found = f"{folder} is a sweep of {len(names)} run{'s' * (len(names) != 1)}"
+        raise UserError("RUN_DIR", found, "one of them: " + ", ".join(names[:3]))
     if not is_run(folder):
         missing = "no such folder" if not folder.is_dir() else "no run has written in this folder"
         raise UserError("RUN_DIR", f"{folder}: {missing}", "the folder of a run")

@@ -102,7 +102,7 @@ class Where(Part):
         if self.ratios is None:
             return self
         if len(self.ratios) != len(self.values):
-            raise ValueError(f"{len(self.values)} values have {len(self.ratios)} ratios: give one for each value")
+            raise ValueError(f"ratios are {len(self.ratios)} and values {len(self.values)}: give one for each value")
         if abs(math.fsum(self.ratios) - 1) > 1e-6:
             raise ValueError(f"ratios add up to {math.fsum(self.ratios):g}: they have to add up to 1")
         return self

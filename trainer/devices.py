@@ -42,7 +42,7 @@ def choose_device(local_rank: int = 0, kind: DeviceKind = "auto") -> torch.devic
     if index >= visible:
         raise UserError(
             "LOCAL_RANK",
-            f"{local_rank}, and this host shows {visible} GPUs",
+            f"{local_rank}, and this host shows {visible} GPU{'s' * (visible != 1)}",
             f"0 to {visible - 1}",
             "start one process a GPU",
         )
@@ -58,7 +58,7 @@ def _check_meant(granted: int | None) -> None:
     if there:
         raise UserError(
             "torch",
-            f"{torch.__version__} cannot use this host's {there} GPUs, and a CPU would take weeks",
+            f"{torch.__version__} cannot use this host's {there} GPU{'s' * (there != 1)}, and a CPU would take weeks",
             "a torch built for CUDA, and a driver that is new enough for it",
             "pip install torch from the CUDA index, or leave the GPUs alone: --train.device cpu",
         )

@@ -111,9 +111,10 @@ def _read_torchrun(environ: Mapping[str, str]) -> World:
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the second is deepspeed's
     num_hosts = _number(environ, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in environ else None
     if num_hosts is not None and num_hosts * local_world_size != world_size:
+        hosts = f"{num_hosts} host{'s' * (num_hosts != 1)}"
         raise UserError(
             "WORLD_SIZE",
-            f"{world_size} processes on {num_hosts} hosts, {local_world_size} of them on this one",
+            f"{world_size} processes on {hosts}, {local_world_size} of them on this one",
             "as many processes on every host",
             "give --nproc-per-node the same number on every host",
         )

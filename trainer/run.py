@@ -321,8 +321,9 @@ def _announce(
     packs, report = len(splits.train), splits.reports["train"]
     if resumed is None:
         text = (
-            f"{config.method}: {num_trained:,} trained parameters, {packs} packs of {report.rows:,} rows "
-            f"({report.trained_tokens:,} of {report.tokens:,} tokens trained), {num_steps} steps"
+            f"{config.method}: {num_trained:,} trained parameters, {packs} pack{'s' * (packs != 1)} of "
+            f"{report.rows:,} row{'s' * (report.rows != 1)} "
+            f"({report.trained_tokens:,} of {report.tokens:,} tokens trained), {num_steps} step{'s' * (num_steps != 1)}"
         )
         recorder.event(0, "start", text, num_steps=num_steps)
     else:

@@ -184,6 +184,7 @@ def test_the_world_as_launchers_say_it(environ: dict[str, str], world: World) ->
         ({**TORCHRUN, "MASTER_PORT": "http"}, ["MASTER_PORT: 'http'"]),
         ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"}, ["LOCAL_WORLD_SIZE: is not set"]),
         ({**TORCHRUN, "WORLD_SIZE": "3", "GROUP_WORLD_SIZE": "2"}, ["3 processes on 2 hosts", "--nproc-per-node"]),
+        ({**TORCHRUN, "WORLD_SIZE": "3"}, ["3 processes on 1 host, 2 of them"]),
         (ACCELERATE_ALONE, ["RANK, WORLD_SIZE: not set", "num_processes", "packtrain train RECIPE --gpus N"]),
         (
             {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"},

@@ -172,6 +172,9 @@ def test_what_is_no_run(commands: Commands, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "sweep/sweep.json").write_text(json.dumps({"fields": ["r"], "runs": runs}))
     assert cli.main(["logs", str(tmp_path / "sweep")]) == 2
     assert f"is a sweep of 2 runs\n  allowed: one of them: {tmp_path}/sweep/r=1, " in capsys.readouterr().err
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps({"fields": ["r"], "runs": runs[:1]}))
+    assert cli.main(["logs", str(tmp_path / "sweep")]) == 2
+    assert f"is a sweep of 1 run\n  allowed: one of them: {tmp_path}/sweep/r=1\n" in capsys.readouterr().err
     assert cli.main(["logs", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(["logs", str(tmp_path)]) == 2

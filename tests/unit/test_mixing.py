@@ -129,7 +129,7 @@ MIX = {"column": "kind", "values": ["poem", "code"], "ratios": [0.5, 0.5], "tota
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ratios": [0.5, 0.3, 0.2]}, "2 values have 3 ratios"),
+        ({"ratios": [0.5, 0.3, 0.2]}, "ratios are 3 and values 2: give one for each value"),
         ({"ratios": [0.5, 0.4]}, "add up to 0.9"),
         ({"total": None}, "ratios and total come together"),
         ({"ratios": None}, "ratios and total come together"),

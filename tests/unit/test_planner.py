@@ -347,6 +347,11 @@ def test_levels_that_do_not_add_up() -> None:
     assert "train.recompute" in str(caught.value) and "32" in str(caught.value)
 
 
+def test_one_layer_is_not_one_layers() -> None:
+    levels = LayerLevels.build({"full": 1, "mlp": 2, "none": 1})
+    assert str(levels) == "full in 1 layer, then mlp in 2 layers, then none in 1 layer"
+
+
 def test_layers_of_transformers_are_not_offered_what_they_do_not_have() -> None:
     by_modules = job(LLAMA_7B, adapter={"dropout": 0.1})
     assert not any("norms" in c.setting.levels.counts for c in plan(by_modules))
@@ -425,8 +430,9 @@ def test_single_is_planned_for_one_gpu_of_this_host(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.planning.hardware.read_gpu", lambda environ: (find_gpu("H100"), 8))
-    assert main(["plan", str(recipe), "--strategy.kind", "single"]) == 0
-    assert "planned for 1 x H100 (79.1 GiB) of this host" in capsys.readouterr().out
+    assert main(["plan", str(recipe), "--strategy.kind", "single", "--train.global_batch.tokens", "4096"]) == 0
+    text = capsys.readouterr().out
+    assert "qlora, 1 pack of 4,096 tokens a step\nplanned for 1 x H100 (79.1 GiB) of this host" in text
 
 
 def test_the_command_for_programs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,17 @@ def test_a_run_leaves_everything_a_user_looks_for(toy_recipe, tmp_path):
     assert list(run.tensorboard.iterdir())
 
 
+def test_one_row_is_counted_as_one(toy_recipe, tmp_path, caplog):
+    caplog.set_level("INFO", "trainer")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    data = {"train": [{"path": str(rows), "format": "prompt_completion"}], "split": {}}
+    run = train(toy_recipe(adapter=LORA, data=data, train={"max_steps": 1}, eval={}), tmp_path / "run")
+    assert "train: 1 row in 1 pack, " in caplog.text and "train: 1 row dropped: " in caplog.text
+    (text,) = [record["text"] for record in records(run, "event") if record["event"] == "start"]
+    assert "1 pack of 1 row (" in text and text.endswith(", 1 step")
+
+
 def test_no_step_is_trained_where_packed_documents_see_each_other(toy_recipe, tmp_path, monkeypatch):
     from trainer.model import attention
 

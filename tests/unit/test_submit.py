@@ -85,6 +85,12 @@ def test_one_run_with_what_follows(cluster: Cluster, recipe: Path) -> None:
     assert [(one["command"], one["job_id"]) for one in job["then"]] == [("merge", "102"), ("verify", "103")]
 
 
+def test_what_is_at_stake(cluster: Cluster, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit(recipe, "--slurm.max_restarts", "1", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "at stake: 1 x 1 GPU for at most 4:00 h = 4.0 GPU-hours a start, at most 1 restart\n" in said
+
+
 @pytest.mark.parametrize(
     "values", ["optim.lr=1e-4,2e-4,0.0001", "adapter.targets=[q_proj,v_proj],[q_proj, v_proj]", "eval.every_steps=5,+5"]
 )

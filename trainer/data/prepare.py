@@ -275,18 +275,21 @@ def _nothing_left(split: str, num_read: int, dropped: dict[str, int], data: Data
 def log_report(name: str, report: DataReport) -> None:
     """Logs what became of a split's rows; what was dropped or cut is a warning."""
     log.info(
-        "%s: %d rows in %d packs, %d tokens (%.1f%% trained), fill %.2f%%",
+        "%s: %d row%s in %d pack%s, %d tokens (%.1f%% trained), fill %.2f%%",
         name,
         report.rows,
+        "s" * (report.rows != 1),
         report.packs,
+        "s" * (report.packs != 1),
         report.tokens,
         100 * report.trained_tokens / report.tokens,
         100 * report.fill,
     )
     for reason, count in report.dropped.items():
-        log.warning("%s: %d rows dropped: %s", name, count, reason)
+        log.warning("%s: %d row%s dropped: %s", name, count, "s" * (count != 1), reason)
     if report.truncated:
-        log.warning("%s: %d rows cut to data.pack_length, without their stop token", name, report.truncated)
+        text = "%s: %d row%s cut to data.pack_length, without the stop token"
+        log.warning(text, name, report.truncated, "s" * (report.truncated != 1))
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def collect_rows(
             continue
         found = list(islice(_rows_of(config, split, template, tokenizer, limit), MOST_ROWS - len(rows)))
         rows += found
-        sources += [f"{len(found)} {split} rows"] if found else []
+        sources += [f"{len(found)} {split} row{'s' * (len(found) != 1)}"] if found else []
     if missing := max(0, LEAST_ROWS - len(rows)):
         rows += [_fixed_row(text, template, tokenizer) for text in islice(_fixed_prompts(), missing)]
         sources.append(f"{missing} fixed prompts")

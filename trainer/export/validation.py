@@ -45,7 +45,8 @@ class ValidationLoss:
     def __str__(self) -> str:
         return (
             f"{self.merged:.4f} merged, {self.as_trained:.4f} as trained ({self.merged - self.as_trained:+.4f}), "
-            f"{self.base:.4f} without the adapter; over {self.tokens} trained tokens of {self.rows} rows"
+            f"{self.base:.4f} without the adapter; over {self.tokens} trained tokens of "
+            f"{self.rows} row{'s' * (self.rows != 1)}"
         )
 
 

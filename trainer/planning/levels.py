@@ -34,7 +34,7 @@ class LayerLevels:
         counts = self.counts
         if len(counts) == 1:
             return next(iter(counts))
-        return ", then ".join(f"{level} in {count} layers" for level, count in counts.items())
+        return ", then ".join(f"{level} in {count} layer{'s' * (count != 1)}" for level, count in counts.items())
 
 
 def read_levels(recompute: RecomputeLevel | Mapping[RecomputeLevel, int], num_layers: int) -> LayerLevels:
