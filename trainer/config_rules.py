@@ -112,12 +112,12 @@ def _slurm_rules(config: RunConfig) -> list[str]:
             "Raise it, or lower slurm.stop_seconds"
         )
     if taken := sorted(RESERVED_VARIABLES & slurm.env.keys()):
-        broken.append(f"slurm.env sets {', '.join(taken)}, which the job's script sets by itconfig. Leave it out")
+        broken.append(f"slurm.env sets {', '.join(taken)}, which the job's script sets by itself. Leave it out")
     if named := sorted(name for name, value in slurm.env.items() if "$" in value):
         broken.append(
             f"slurm.env takes values as they are, and {', '.join(named)} has a $. "
             "Write slurm.setup: [export NAME=...], which the shell reads"
         )
     if taken := sorted(RESERVED_OPTIONS & slurm.sbatch.keys()):
-        broken.append(f"slurm.sbatch sets {', '.join(taken)}, which submit sets by itconfig. Leave it out")
+        broken.append(f"slurm.sbatch sets {', '.join(taken)}, which submit sets by itself. Leave it out")
     return broken

@@ -69,6 +69,8 @@ def test_scales_are_quantised_too_where_that_can_be(quantization: dict[str, Any]
         ({"strategy": {"kind": "ddp", "offload": "all"}}, "ddp does not cut. Set strategy.kind: fsdp2 or zero3"),
         ({"strategy": {"offload": "optimizer"}, "optim": {"lr": 1e-4, "name": "adamw_8bit"}}, "is for GPUs. Set adamw"),
         ({"strategy": {"kind": "zero3", "shard_size": 8}}, "shard_size is for fsdp2"),
+        ({"slurm": {"env": {"RUN": "1"}}}, "RUN, which the job's script sets by itself. Leave"),
+        ({"slurm": {"sbatch": {"nodes": 2}}}, "nodes, which submit sets by itself. Leave"),
         ({"strategy": {"kind": "ddp", "reshard": False}}, "reshard: false is for fsdp2"),
         ({"strategy": {"kind": "zero2"}, "optim": {"lr": 1e-4, "name": "adamw_8bit"}}, "or strategy.kind: fsdp2"),
         ({"strategy": {"kind": "zero2"}, "train": {"param_dtype": "bfloat16"}}, "whatever train.param_dtype says"),
