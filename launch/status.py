@@ -50,8 +50,8 @@ def status(*run_dirs: Path, json: bool = False) -> None:
     if json:
         _print_json(found)
     elif not found:
-        where = ", ".join(map(str, run_dirs or [ROOT]))
-        print(f"nothing submitted in {where}: packtrain submit queues a run, packtrain status RUN_DIR shows any")
+        print(f"nothing submitted in {ROOT.absolute()} or below: packtrain submit queues a run")
+        print("packtrain status FOLDER looks elsewhere; of a run that was not submitted, name its own folder")
     elif len(found) > 1 or len(folders) != len(run_dirs):
         _print_overview(found)
     elif isinstance(found[0], SweepStatus):
@@ -73,8 +73,8 @@ def _find(given: Sequence[Path]) -> list[Path]:
         elif below := find_submitted(path):
             folders += below
         else:
-            found = "no run has written in this folder, nor below" if path.is_dir() else "no such folder"
-            raise UserError("RUN_DIR", f"{path}: {found}", "the folder of a run or a sweep")
+            found = "no run's folder, and nothing below was submitted" if path.is_dir() else "no such folder"
+            raise UserError("RUN_DIR", f"{path.absolute()}: {found}", "the folder of a run or a sweep, or one above it")
     return list(dict.fromkeys(folders))
 
 

@@ -422,13 +422,14 @@ def test_in_a_pipe_a_row_stays_on_its_line(commands: Commands, tmp_path: Path) -
 
 def test_nothing_there(commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status"]) == 0
-    assert "nothing submitted in runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"nothing submitted in {tmp_path}/runs or below: ") and "packtrain status FOLDER" in said
     assert ask(capsys) == {"runs": [], "sweeps": []}
     assert cli.main(["status", "nowhere"]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
-    (tmp_path / "folder").mkdir()
+    make_run(tmp_path / "folder/local", None, state="done")
     assert cli.main(["status", "folder"]) == 2
-    assert "no run has written in this folder, nor below" in capsys.readouterr().err
+    assert f"{tmp_path}/folder: no run's folder, and nothing below was submitted" in capsys.readouterr().err
 
 
 def test_one_run_with_all_its_starts(
