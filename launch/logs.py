@@ -28,6 +28,8 @@ def logs(
 ) -> None:
     """Show the last lines of a run: what rank 0 logs, and what its job prints; and where jobs that follow it log.
 
+    Lines of several files have a heading where a file begins.
+
     Args:
         run_dir: folder of a run, submitted or not.
         follow: go on with lines as they come, across restarts, until the run is over.
@@ -43,19 +45,26 @@ def logs(
     status = None if follow else ask(run_dir)
     _check_rank(run_dir, rank, list(found), follow)
     width = len(str(max(found, default=0)))
+    current: Path | None = None  # whose lines are being shown
 
     def wanted(number: int) -> bool:
         return rank in (ALL, str(number))
 
-    def show(number: int, line: str) -> None:
+    def show(number: int, path: Path, line: str) -> None:
+        nonlocal current
+        if path != current and (current or several):
+            print("\n" * bool(current) + f"==> {path} <==")
+        current = path
         print(f"[{number:>{width}}] {line}" if rank == ALL else line, flush=follow)
 
     ranks = {number: RankLog() for number in found if wanted(number)}
     for number, log in ranks.items():
         for path in found[number]:
             log.add(path)
-        for line in log.last_lines(lines):
-            show(number, line)
+    last = [(number, path, line) for number, log in ranks.items() for path, line in log.last_lines(lines)]
+    several = len({path for _, path, _ in last}) > 1
+    for number, path, line in last:
+        show(number, path, line)
     if status is None:
         status = follow_logs(run_dir, ranks, wanted, show, _tell)
     elif not is_over(status) or not ranks:

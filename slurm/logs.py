@@ -105,17 +105,18 @@ class RankLog:
         """A file that is there now; one that came later than the first look is read from its beginning."""
         self.tails.setdefault(path, Tail(path))
 
-    def last_lines(self, number: int) -> list[str]:
-        """Of each file the last lines, the file that was written last at the end."""
+    def last_lines(self, number: int) -> list[tuple[Path, str]]:
+        """Of each file the last lines, each with its file; the file that was written last at the end."""
         found = {
             path: list(self._once(path, self.tails[path].last_lines())) for path in sorted(self.tails, key=_is_output)
         }
-        return [line for path in sorted(found, key=_written) for line in (found[path][-number:] if number else [])]
+        return [(path, line) for path in sorted(found, key=_written) for line in found[path][-number:] if number]
 
-    def new_lines(self, to_the_end: bool = False) -> Iterator[str]:
-        """What came since."""
+    def new_lines(self, to_the_end: bool = False) -> Iterator[tuple[Path, str]]:
+        """What came since, each line with its file."""
         for path in sorted(self.tails, key=_is_output):
-            yield from self._once(path, self.tails[path].new_lines(to_the_end))
+            for line in self._once(path, self.tails[path].new_lines(to_the_end)):
+                yield path, line
 
     def _once(self, path: Path, lines: Sequence[str]) -> Iterator[str]:
         """Leaves out what another file has said, with or without the time before it, and whichever came first."""
@@ -182,7 +183,7 @@ def follow(
     run_dir: Path,
     logs: dict[int, RankLog],
     wanted: Callable[[int], bool],
-    show: Callable[[int, str], None],
+    show: Callable[[int, Path, str], None],
     tell: Callable[[RunStatus], None],
 ) -> RunStatus:
     """Shows lines as they come, over restarts, until the run is over.
@@ -190,7 +191,7 @@ def follow(
     Args:
         logs: of the ranks that are known; more are added as their files appear.
         wanted: whether a rank is shown.
-        show: takes a rank and a line.
+        show: takes a rank, a file of it and a line.
         tell: takes the status each time that it has changed.
     """
     watcher = Watcher(run_dir)
@@ -206,8 +207,8 @@ def follow(
                     logs.setdefault(rank, RankLog()).add(path)
         ends = status is not None and is_over(status)
         for rank, log in sorted(logs.items()):
-            for line in log.new_lines(to_the_end=ends):
-                show(rank, line)
+            for path, line in log.new_lines(to_the_end=ends):
+                show(rank, path, line)
         if watcher.error:
             raise watcher.error
         if status and (status.state, status.job.state if status.job else "") != told:

@@ -72,8 +72,8 @@ def test_rank_0_and_its_job_each_line_once(
     assert cli.main(["logs", str(run_dir), "--lines", "3"]) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
-        *(f"{STAMP}step 58", f"{STAMP}step 59", f"{STAMP}saved"),
-        *("module loaded", "packtrain: queued again"),  # written last, so shown last
+        *(f"==> {log(run_dir)} <==", f"{STAMP}step 58", f"{STAMP}step 59", f"{STAMP}saved", ""),
+        *(f"==> {output(run_dir)} <==", "module loaded", "packtrain: queued again"),  # written last, so shown last
     ]
     assert shown.err == f"-- {run_dir} is running (job 12)\n"
 
@@ -101,7 +101,7 @@ def test_a_line_that_comes_twice_is_shown_twice(commands: Commands, run_dir: Pat
     found = RankLog()
     for path in find_logs(run_dir)[0]:
         found.add(path)
-    assert sorted(found.last_lines(10)) == [f"{STAMP}retry", f"{STAMP}retry", "retry"]
+    assert sorted(line for _, line in found.last_lines(10)) == [f"{STAMP}retry", f"{STAMP}retry", "retry"]
 
 
 def test_one_rank_and_all_ranks(commands: Commands, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,11 +109,15 @@ def test_one_rank_and_all_ranks(commands: Commands, run_dir: Path, capsys: pytes
         write(log(run_dir, rank), f"{STAMP}rank {rank}")
     write(output(run_dir, 3), "Traceback", old=True)
     assert cli.main(["logs", str(run_dir), "--rank", "3"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["Traceback", f"{STAMP}rank 3"]
+    told = [f"==> {output(run_dir, 3)} <==", "Traceback", "", f"==> {log(run_dir, 3)} <==", f"{STAMP}rank 3"]
+    assert capsys.readouterr().out.splitlines() == told
+    assert cli.main(["logs", str(run_dir), "--rank", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{STAMP}rank 2"]
     assert cli.main(["logs", str(run_dir), "--rank", "all"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"[ 0] {STAMP}rank 0" and lines[3:5] == ["[ 3] Traceback", f"[ 3] {STAMP}rank 3"]
-    assert len(lines) == 13 and lines[-1] == f"[11] {STAMP}rank 11"
+    parts = [part.splitlines() for part in capsys.readouterr().out.split("\n\n")]
+    assert parts[0] == [f"==> {log(run_dir)} <==", f"[ 0] {STAMP}rank 0"]
+    assert parts[3:5] == [[told[0], "[ 3] Traceback"], [told[3], f"[ 3] {STAMP}rank 3"]]
+    assert len(parts) == 13 and parts[-1] == [f"==> {log(run_dir, 11)} <==", f"[11] {STAMP}rank 11"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,8 @@ def test_a_local_run_s_ranks(commands: Commands, tmp_path: Path, capsys: pytest.
     write(folder / "logs/rank_1.out", "from its stderr", old=True)
     write(log(folder, 1), "x")
     assert cli.main(["logs", str(folder), "--rank", "1"]) == 0
-    assert capsys.readouterr() == ("from its stderr\nx\n", "")
+    names = [f"==> {folder}/logs/rank_1.{suffix} <==" for suffix in ("out", "log")]
+    assert capsys.readouterr() == (f"{names[0]}\nfrom its stderr\n\n{names[1]}\nx\n", "")
 
 
 def test_what_is_no_run(commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,9 +281,10 @@ def test_following_over_a_restart_until_the_end(commands: Commands, run_dir: Pat
     set_state(run_dir, "done")
     commands.add("squeue", squeue_line({"JobArrayID": "12", "State": "COMPLETED"}))
     assert one.finish() == 0
-    lines = [line for line in one.seen if not line.startswith("--")]
-    assert lines[0] == f"{STAMP}step 1"
+    lines = [line for line in one.seen if line and not line.startswith(("--", "==>"))]
+    assert one.seen[0] == f"{STAMP}step 1"
     assert [line.removeprefix(STAMP) for line in lines] == ["step 1", "step 2", "step 3", "half a line", "the end"]
+    assert one.seen[one.seen.index("half a line") - 1] == f"==> {output(run_dir)} <=="
     assert [line for line in one.seen if "is done" in line]
 
 
