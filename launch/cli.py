@@ -7,10 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter, Token, UnknownOptionError, convert
 
+from trainer.config_rules import is_address
 from trainer.errors import EXIT_DONE, EXIT_USER_ERROR, PacktrainError, UserError, explain_os_error
 
 COMMANDS = {  # name -> where its function is, and its line in the list of commands
@@ -87,10 +89,13 @@ def build_app(chosen: str = "") -> App:
 
 
 def _convert(kind: Any, tokens: Sequence[Token]) -> Any:
-    """What was given, as its parameter's type. cyclopts by itself would round ``--gpus 1.5`` to 2."""
+    """What was given, as its parameter's type. By itself cyclopts would round 1.5 to 2, and make a path of s3://..."""
     if kind is int and not re.fullmatch(r"[+-]?[0-9]+", tokens[-1].value):
         found = f"found {tokens[-1].value!r}"
         raise UserError(str(tokens[-1].keyword), found, "a whole number", "write digits alone, such as 4")
+    if kind is Path and is_address(tokens[-1].value):
+        where, fix = tokens[-1].keyword or "path", "copy it to or from this host yourself, and name the path here"
+        raise UserError(where, f"{tokens[-1].value} is an address", "a path on this host", fix)
     return convert(kind, tokens)
 
 

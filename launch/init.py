@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from trainer.config import ModelConfig, RowFormat, RunConfig
+from trainer.config_rules import is_address
 from trainer.data.formats import FORMATS
 from trainer.errors import UserError
 from trainer.recipe_schema import Loc, alternatives, describe, schema_at, takes_null
@@ -46,6 +47,10 @@ def init(
     """
     if unknown := sorted(set(columns or {}) - set(FORMATS[format].fields)):
         raise UserError(f"--columns.{unknown[0]}", f"is no field of {format}", ", ".join(FORMATS[format].fields))
+    for option, path in (("--model", model), ("--data", data)):
+        if is_address(path):
+            fix = "download it and name what is here"
+            raise UserError(option, f"{path} is an address", "a path on this host, or a hub id", fix)
     chosen = choose_fields(model, data, format, columns or {}, method, gpu_memory)
     hardware = f"one GPU of {gpu_memory:g} GiB" if gpu_memory else "one GPU"
     header = f"""\

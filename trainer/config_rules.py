@@ -1,11 +1,12 @@
-"""Rules between the parts of a recipe. Imports no torch."""
+"""Rules between the parts of a recipe, and of what its paths may be. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.config import RunConfig
+    from trainer.config import RunConfig, Source
 
 # Options of sbatch that have a field of their own, or that a run's survival depends on.
 RESERVED_OPTIONS = frozenset(
@@ -42,12 +43,36 @@ def broken_rules(config: RunConfig) -> list[str]:
             f"train.micro_batch is {config.train.micro_batch}, train.global_batch only {config.packs_per_step} packs; "
             "lower micro_batch or raise global_batch"
         )
-    broken += _float8_rules(config) + _strategy_rules(config) + _slurm_rules(config)
+    broken += _path_rules(config) + _float8_rules(config) + _strategy_rules(config) + _slurm_rules(config)
     if config.export.merge and not config.adapter:
         broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
     if not config.data.packing and config.train.global_batch.tokens is not None:
         broken.append("train.global_batch.tokens counts packs. Without packing set train.global_batch.rows")
     return broken
+
+
+def is_address(path: str) -> bool:
+    """Whether this is no path and no hub id but ``s3://...`` or the like, which nothing here reads."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def _path_rules(config: RunConfig) -> list[str]:
+    paths = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    split = config.data.split
+    lists: dict[str, float | list[Source]] = {
+        "train": config.data.train,
+        "split.validation": split.validation,
+        "split.test": split.test,
+    }
+    for name, sources in lists.items():
+        if isinstance(sources, list):
+            paths |= {f"data.{name}[{index}].path": source.path for index, source in enumerate(sources)}
+    return [
+        f"{field} is {path}, an address that nothing is read from. "
+        "Download it and name what is here, or name a hub id such as owner/name"
+        for field, path in paths.items()
+        if path and is_address(path)
+    ]
 
 
 def _float8_rules(config: RunConfig) -> list[str]:

@@ -135,6 +135,16 @@ def flip_a_bit(file: Path) -> None:
         ({"adapter": None, "quantization": None}, ["export.merge"]),
         ({"model": {"path": "nowhere/at/all"}}, ["model.path", "is no folder"]),
         ({"model": {"tokenizer": "nowhere/at/all"}}, ["model.tokenizer"]),
+        ({"model": {"path": "s3://bucket/llama"}}, ["model.path is s3://bucket/llama, an address", "Download it"]),
+        ({"model": {"tokenizer": "hf://owner/name"}}, ["model.tokenizer is hf://owner/name, an address"]),
+        (
+            {"data": {"train": [{"path": "gs://bucket/rows.jsonl", "format": "messages"}]}},
+            ["data.train[0].path is gs://bucket/rows.jsonl, an address", "Download it"],
+        ),
+        (
+            {"data": {"split": {"test": [{"path": "https://host/rows.jsonl", "format": "messages"}]}}},
+            ["data.split.test[0].path is https://host/rows.jsonl, an address"],
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_a_run_dir_is_made(
@@ -460,6 +470,25 @@ def test_no_number_is_rounded(words: list[str], refuses: Refuses) -> None:
             "  allowed: a whole number",
             "  fix: write digits alone, such as 4",
         ]
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["generate", "s3://bucket/run", "--prompt", "a"], "path: s3://bucket/run"),
+        (["evaluate", ".", "s3://bucket/run"], "path: s3://bucket/run"),
+        (["merge", ".", "--out=s3://bucket/run"], "--out: s3://bucket/run"),
+        (["train", "r.yaml", "--run-dir", "s3://bucket/run"], "--run-dir: s3://bucket/run"),
+        (["init", "--model", "s3://bucket/run", "--data", "d"], "--model: s3://bucket/run"),
+        (["init", "--model", "m", "--data", "s3://bucket/run", "--gpu-memory", "24"], "--data: s3://bucket/run"),
+    ],
+)
+def test_an_address_is_no_path(
+    words: list[str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuses(words, f"{where} is an address\n  allowed: a path on this host", "  fix: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_keep_every_character(finished_run: Path, tmp_path: Path) -> None:
