@@ -15,19 +15,21 @@ import json
 import logging
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.config import GlobalBatch
 from trainer.data.prepare import load_splits
 from trainer.data.recall import DataFacts
 from trainer.data.sampler import collate
 from trainer.launchers import World
 from trainer.loss import PackedCausalLM
 from trainer.model.load import build_model, load_weights
-from trainer.model.recompute import set_recompute
+from trainer.model.recompute import set_computation, set_recompute
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.planner import price
@@ -75,7 +77,9 @@ class Bench:
         splits = load_splits(config, load_tokenizer(config.model), lambda: None)
         self.packs, facts = splits.train, DataFacts.build(splits.reports["train"])
         built = build_model(config, processes.device)
-        self.model, root = built.model, PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
+        set_computation(built.model, config, processes.device)
+        self.model: Any = built.model
+        root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
         self.job = describe_job(config, built.model, processes, facts)
         self.strategy = build_strategy(config, self.job, processes, None)
         self.strategy.shard(root)
@@ -87,7 +91,9 @@ class Bench:
         """Rate and peak of a cell, and their predictions."""
         levels = read_levels(level, self.job.shape.num_layers)
         set_recompute(self.model, levels)
-        candidate = price(self.job, Setting("single", packs, levels))
+        train = self.config.train.model_copy(update={"global_batch": GlobalBatch(rows=MICRO_BATCHES * packs)})
+        job = replace(self.job, config=self.config.model_copy(update={"train": train}))
+        candidate = price(job, Setting("single", packs, levels))
         cell = {
             "model": self.config.model.path,
             "method": self.config.method,

@@ -40,7 +40,7 @@ from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
 from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
-from trainer.model.recompute import keep_in_float8, offload_activations, set_recompute, use_float8
+from trainer.model.recompute import set_computation, set_recompute
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.planner import smaller_weights
@@ -126,12 +126,7 @@ def _train_together(
     check_data(splits.fingerprint, data)
     with watchdog.alone("fetching and building the model"):
         built = build_model(config, processes.device)
-    if config.train.float8:
-        use_float8(built.model, processes.device, config.compute_dtype)
-    if config.train.keep_in_float8:
-        keep_in_float8(built.model)
-    if config.train.offload_activations:
-        offload_activations(built.model, processes.device)
+    set_computation(built.model, config, processes.device)
     check_stop()
     if processes.is_first and not run.steps():
         check_disk_space(run.path, _bytes_to_write(config, built.model))

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.model.kernels.float8 import can_multiply
 from trainer.model.layers import FusedDecoderLayer
@@ -42,6 +43,20 @@ def set_recompute(model: nn.Module, levels: LayerLevels) -> None:
         layer.gradient_checkpointing = level == "full"
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.recompute = level
+
+
+def set_computation(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Sets what the recipe says of how layers compute and what they keep, whatever their level.
+
+    Raises:
+        UserError: this GPU, dtype or kind of layers does not do it.
+    """
+    if config.train.float8:
+        use_float8(model, device, config.compute_dtype)
+    if config.train.keep_in_float8:
+        keep_in_float8(model)
+    if config.train.offload_activations:
+        offload_activations(model, device)
 
 
 def use_float8(model: nn.Module, device: torch.device, compute_dtype: str) -> None:

@@ -75,7 +75,7 @@ def predict_step(job: Job, setting: Setting) -> StepTime:
     matmuls = shape.num_layers * layer.matmuls + head / _flops(job)
     traffic = shape.num_layers * layer.traffic
     dequantize = 2 * shape.num_layers * layer.dequantize
-    small = shape.num_layers * calibration.LAYER_SECONDS + counts.get("full", 0) * calibration.AGAIN_SECONDS
+    small = shape.num_layers * calibration.LAYER_SECONDS
     computing = matmuls + traffic + dequantize + again + small
     exposed = rounds * _exposed_gathers(job, kind, computing) + _exposed_gradients(job, kind, computing)
     exposed += rounds * _exposed_activations(job, setting, computing)
