@@ -87,9 +87,10 @@ class Linear(NamedTuple):
         else:
             self.spec.format.to_float8(self.base[0], self.base[1], out, row_scales, transposed)
 
-    def scaled_a(self, dtype: torch.dtype) -> torch.Tensor:
-        assert self.lora_a is not None and self.spec.scaling is not None
-        return (self.lora_a * self.spec.scaling).to(dtype)
+    def write_scaled_a(self, out: torch.Tensor) -> None:
+        """Writes ``scaling * A`` into ``[r, in]``, multiplied in A's own dtype; nothing where there is no adapter."""
+        if self.lora_a is not None and self.spec.scaling is not None:
+            torch.mul(self.lora_a, self.spec.scaling, out=out)
 
 
 def unflatten(specs: Sequence[LinearSpec], tensors: Sequence[torch.Tensor]) -> list[Linear]:
@@ -133,7 +134,7 @@ def project(wide: torch.Tensor, linears: Sequence[Linear], residual: torch.Tenso
     num_inputs = wide.shape[1] - total_rank(linears)
     x, low_rank = wide[:, :num_inputs], wide[:, num_inputs:]
     if low_rank.shape[1]:
-        torch.mm(x, _stacked_a(linears, x.dtype).t(), out=low_rank)
+        torch.mm(x, _stacked_a(linears, x).t(), out=low_rank)
     if linears[0].spec.float8:
         return _project_float8(x, low_rank, linears, residual)
     if low_rank.shape[1]:
@@ -209,7 +210,7 @@ def _grad_x_float8(
         linear.write_float8(columns, own, transposed=True)
     ones = torch.ones(x.shape[1], device=x.device)
     grad_x = float8.multiply(*float8.quantize_rows(grads, scales), weights, ones, x.dtype)
-    return grad_x.addmm_(low_rank_grads, _stacked_a(linears, x.dtype)) if low_rank_grads.shape[1] else grad_x
+    return grad_x.addmm_(low_rank_grads, _stacked_a(linears, x)) if low_rank_grads.shape[1] else grad_x
 
 
 def _beside_b(linears: Sequence[Linear], num_inputs: int, like: torch.Tensor) -> torch.Tensor:
@@ -232,10 +233,17 @@ def _above_a(linears: Sequence[Linear], x: torch.Tensor) -> torch.Tensor:
     stacked = x.new_empty(sum(outs) + total_rank(linears), x.shape[1])
     for linear, rows in zip(linears, stacked[: sum(outs)].split(outs), strict=True):
         linear.write_weight(rows)
-    stacked[sum(outs) :].copy_(_stacked_a(linears, x.dtype))
+    _write_scaled_a(linears, stacked[sum(outs) :])
     return stacked
 
 
-def _stacked_a(linears: Sequence[Linear], dtype: torch.dtype) -> torch.Tensor:
-    """``scaling * A`` of all linears one below the other, ``[total_rank, in]``; there is at least one adapter."""
-    return torch.cat([linear.scaled_a(dtype) for linear in linears if linear.lora_a is not None])
+def _stacked_a(linears: Sequence[Linear], x: torch.Tensor) -> torch.Tensor:
+    """``scaling * A`` of all linears one below the other, ``[total_rank, in]``, in the dtype of `x`."""
+    stacked = x.new_empty(total_rank(linears), x.shape[1])
+    _write_scaled_a(linears, stacked)
+    return stacked
+
+
+def _write_scaled_a(linears: Sequence[Linear], out: torch.Tensor) -> None:
+    for linear, rows in zip(linears, out.split([linear.rank for linear in linears]), strict=True):
+        linear.write_scaled_a(rows)
