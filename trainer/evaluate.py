@@ -277,7 +277,9 @@ def _tally_tokens(model: nn.Module, packs: ArrowPacks, config: RunConfig, device
     module = PackedCausalLM(model, getattr(torch, config.compute_dtype)).eval()
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     register_attention()
-    attention = choose_attention(config.model, causal_lm.config, config.compute_dtype, device)
+    # As it trained if it can here: a run on an H200 is evaluated on a laptop too.
+    wish = "sdpa" if config.model.attention == "sdpa" else "auto"
+    attention = choose_attention(wish, causal_lm.config, config.compute_dtype, device)
     causal_lm.set_attn_implementation(attention)  # type: ignore[operator]
     tallies: dict[str, _Tally] = {}
     for index, pack in enumerate(packs):

@@ -86,7 +86,7 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Infe
     if result.config is None:
         return _load_foreign_adapter(result, device)
     tokenizer = load_tokenizer(result.config.model)
-    loaded = load_model(result.config, device)
+    loaded = load_model(_without_packing(result.config), device)
     _check_base(loaded.base.content_hash, result)
     load_adapter(loaded.model, result.folder)
     check_adapter(result.folder)
@@ -101,8 +101,15 @@ def load_base(config: RunConfig, device: torch.device | None = None) -> Inferenc
         UserError: see `load_model`.
     """
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config, device or default_device()).model.eval()  # a fresh adapter changes nothing
+    model = load_model(
+        _without_packing(config), device or default_device()
+    ).model.eval()  # a fresh adapter changes nothing
     return InferenceModel(model, tokenizer, load_template(config.data.template, tokenizer), config)
+
+
+def _without_packing(config: RunConfig) -> RunConfig:
+    """Answers take padded rows and a cache: no kernel for packed ones has to run here, or to prove itself."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
 
 
 def generate(

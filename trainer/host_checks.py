@@ -35,6 +35,7 @@ TIMED_REDUCTIONS = 5
 REDUCED_WITHIN = 60.0  # seconds; the first one sets up NCCL's connections
 POLL_SECONDS = 0.001
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+OPTIONAL_PACKAGES = ("flash-attn-4",)
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,17 @@ class Reduction:
 
 
 def versions() -> dict[str, str]:
-    """What has to be equal on all hosts: Python, the libraries that compute, and this very code."""
+    """What has to be equal on all hosts: Python, the libraries that compute (or that one is missing), and this code."""
     root, code = Path(__file__).parent, blake3()
     for path in sorted(root.rglob("*.py")):
         code.update(str(path.relative_to(root)).encode())
         code.update(path.read_bytes())
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in OPTIONAL_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
     return {"python": platform.python_version(), **found, "packtrain's code": code.hexdigest(length=8)}
 
 

@@ -38,6 +38,7 @@ from trainer.metrics.meters import ThroughputMeter, device_peak_flops, flops_per
 from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
+from trainer.model.attention import agree_on_attention
 from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
 from trainer.model.recompute import set_computation, set_recompute
@@ -133,6 +134,7 @@ def _train_together(
 
     num_trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)  # before they are cut
     root = PackedCausalLM(built.model, getattr(torch, config.compute_dtype))
+    agree_on_attention(root.causal_lm, processes)
     job = describe_job(config, built.model, processes, DataFacts.build(splits.reports["train"]))
     strategy = build_strategy(config, job, processes, fingerprint if config.quantization else None)
     started = time.perf_counter()

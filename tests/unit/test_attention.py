@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.config import ModelConfig
-from trainer.errors import UserError
+from trainer.errors import PacktrainError, UserError
 from trainer.model import flash4
 from trainer.model.attention import (
     BY_DOCUMENT,
+    FLASH4,
     VARLEN,
+    agree_on_attention,
     cached_attention,
     choose_attention,
     document_attention,
@@ -159,13 +162,97 @@ def test_packed_attention_is_back_after_a_failure() -> None:
         ("flash4", "float32", "cuda", None),
     ],
 )
-def test_choice(wish: Any, dtype: str, device: str, chosen: str | None) -> None:
-    config = ModelConfig(path="x", attention=wish)
+def test_choice(wish: str, dtype: str, device: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4, "is_installed", lambda: False)
     if chosen is None:
         with pytest.raises(UserError, match=r"model\.attention"):
-            choose_attention(config, BASE, dtype, torch.device(device))
+            choose_attention(wish, BASE, dtype, torch.device(device))
     else:
-        assert choose_attention(config, BASE, dtype, torch.device(device)) == chosen
+        assert choose_attention(wish, BASE, dtype, torch.device(device)) == chosen
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """flash-attn-4 on a Hopper, whose comparison gives what a test says."""
+
+    def finds(outcome: dict[str, float] | Exception, capability: tuple[int, int] = (9, 0)) -> None:
+        def compare(*arguments: Any) -> dict[str, float]:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(flash4, "is_installed", lambda: True)
+        monkeypatch.setattr(flash4, "compare", compare)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    flash4.find_fault.cache_clear()
+    yield finds
+    flash4.find_fault.cache_clear()
+
+
+def test_flash4_is_taken_where_it_proves_right(installed: Callable[..., None]) -> None:
+    installed({"output": 0.003, "gradient of keys": 0.004})
+    for wish in ("auto", "flash4"):
+        assert choose_attention(wish, BASE, "bfloat16", torch.device("cuda")) == FLASH4
+    assert choose_attention("varlen", BASE, "bfloat16", torch.device("cuda")) == VARLEN
+    assert choose_attention("sdpa", BASE, "bfloat16", torch.device("cuda")) == BY_DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("outcome", "capability", "said"),
+    [
+        ({"output": 0.003, "gradient of queries": 1.3}, (9, 0), "wrong for heads of 16: gradient of queries of"),
+        ({"output": float("nan")}, (9, 0), "output of documents of up to 318 tokens by nan"),
+        (ImportError("no cutlass"), (9, 0), "ImportError: no cutlass"),
+        ({"output": 0.0}, (8, 0), "this GPU has 8.0"),
+    ],
+    ids=["wrong", "nan", "import", "older"],
+)
+def test_flash4_is_left_where_it_does_not(
+    outcome: Any,
+    capability: tuple[int, int],
+    said: str,
+    installed: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    installed(outcome, capability)
+    assert choose_attention("auto", BASE, "bfloat16", torch.device("cuda")) == VARLEN
+    assert "flash-attn-4 is installed but not used: " in caplog.text and said in caplog.text
+    with pytest.raises(UserError, match=re.escape(said)):
+        choose_attention("flash4", BASE, "bfloat16", torch.device("cuda"))
+
+
+def test_a_kernel_that_breaks_the_device_ends_the_run(installed: Callable[..., None]) -> None:
+    installed(torch.AcceleratorError("an illegal memory access"))
+    with pytest.raises(PacktrainError, match=r"broke the GPU's context(.|\n)*set model\.attention: varlen"):
+        choose_attention("auto", BASE, "bfloat16", torch.device("cuda"))
+
+
+def test_all_processes_take_what_one_can(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Three:
+        def __init__(self, *kinds: str) -> None:
+            self.kinds = kinds
+
+        def gather(self, own: str) -> list[str]:
+            return list(self.kinds)
+
+    model = build(2, FLASH4)
+    agree_on_attention(model, Three(FLASH4, FLASH4, FLASH4))  # type: ignore[arg-type]
+    assert model.config._attn_implementation == FLASH4 and not caplog.text
+    agree_on_attention(model, Three(FLASH4, VARLEN, FLASH4))  # type: ignore[arg-type]
+    assert model.config._attn_implementation == VARLEN and "rank 1 cannot" in caplog.text
+
+
+def test_a_cache_without_locks_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flash4._takes_locks(tmp_path / "new") and not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    assert not flash4._takes_locks(tmp_path / "file" / "below")
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert not flash4._takes_locks(tmp_path / "new") and not list((tmp_path / "new").iterdir())
 
 
 def _right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], causal: bool = True) -> torch.Tensor:
@@ -204,7 +291,8 @@ def test_a_kernel_is_compared_before_it_is_used(fault: str, monkeypatch: pytest.
 
     monkeypatch.setattr(flash4, "flash4", kernel)
     state = torch.get_rng_state()
-    errors = flash4._compare(4, 2, 16, torch.bfloat16, torch.device("cpu"))
+    lengths = flash4.CASES["documents of up to 318 tokens"]
+    errors = flash4.compare(lengths, 4, 2, 16, torch.bfloat16, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
     if fault == "right":
         assert max(errors.values()) < flash4.TOLERANCE / 2

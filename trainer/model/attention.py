@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model import flash4
+from trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def register_attention() -> None:
         AttentionMaskInterface.register(name, refuse_padding)
 
 
-def choose_attention(config: ModelConfig, base: Any, compute_dtype: str, device: torch.device) -> str:
-    """The registered name for ``model.attention`` on `device`.
+def choose_attention(wish: str, base: Any, compute_dtype: str, device: torch.device) -> str:
+    """The registered name for `wish`, a ``model.attention``, on `device`.
 
     Args:
         base: the model's own config, for the heads that a kernel has to prove itself with.
@@ -46,7 +46,6 @@ def choose_attention(config: ModelConfig, base: Any, compute_dtype: str, device:
     Raises:
         UserError: a kernel was asked for that does not run there, or not rightly.
     """
-    wish = config.attention
     can_varlen = device.type == "cuda" and compute_dtype != "float32"
     if wish == "varlen" and not can_varlen:
         allowed = "varlen runs on CUDA in 16 bit"
@@ -56,9 +55,19 @@ def choose_attention(config: ModelConfig, base: Any, compute_dtype: str, device:
         if fault is None:
             return FLASH4
         if wish == "flash4":
-            raise UserError("model.attention", f"flash4, but {fault}", "what proves right on this device", "use auto")
+            raise UserError("model.attention", "flash4", f"{flash4.PACKAGE} where it proves right: {fault}", "use auto")
         logger.warning("%s is installed but not used: %s", flash4.PACKAGE, fault)
     return VARLEN if can_varlen and wish != "sdpa" else BY_DOCUMENT
+
+
+def agree_on_attention(causal_lm: Any, processes: Processes) -> None:
+    """One kind on all processes, for what they plan depends on it: torch's where flash-attn-4 failed one of them."""
+    kinds = processes.gather(causal_lm.config._attn_implementation)
+    if len(set(kinds)) == 1:
+        return
+    failed = ", ".join(str(rank) for rank, kind in enumerate(kinds) if kind != FLASH4)
+    logger.warning("%s is used by nobody: rank %s cannot, and its log says why", flash4.PACKAGE, failed)
+    causal_lm.set_attn_implementation(VARLEN)
 
 
 def _find_fault(base: Any, compute_dtype: str, device: torch.device) -> str | None:

@@ -90,7 +90,7 @@ def build_model(config: RunConfig, device: torch.device) -> BuiltModel:
     register_attention()
     base_config = load_base_config(config.model)
     _check_window(base_config, config)
-    attention = choose_attention(config.model, base_config, config.compute_dtype, device)
+    attention = choose_attention(config.model.attention, base_config, config.compute_dtype, device)
     model: Any = build_on_meta(base_config, getattr(torch, config.model.dtype), attention)
     fuse_layers(model)
     tensors = {name: (_home(model, name), parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,28 +1,38 @@
 """flash-attn-4's kernels, where they are installed and prove right for a model's heads.
 
 From Hopper on they take half of the time of torch's own for long documents. The package is a beta that compiles what
-is called; of 4.0.0b36 a wrong gradient was seen, for heads of 80. So nothing is computed with it before this process
-has compared it with attention by document, forward and backward, for the very heads of the model.
+is called; of 4.0.0b36 a wrong gradient was seen, for heads of 80. So a process first compares it with attention by
+document, forward and backward, for the very heads of the model and documents of each kind that it has a kernel for.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from trainer.caches import cache_root
+from trainer.errors import PacktrainError
 
 PACKAGE = "flash-attn-4"
 MIN_CAPABILITY = (9, 0)
-LENGTHS = (129, 1, 64, 318)  # of the documents compared: around the kernels' tiles, and less than one
-# Relative to the norm. Kernels differ from float32 by 0.002 in bfloat16; what was wrong differed by 1.3.
+# What it compiles depends on the longest document and on whether there are more than 256 of them.
+CASES = {
+    "documents of up to 318 tokens": (129, 1, 64, 318),
+    "300 short documents": tuple(3 + number % 37 for number in range(300)),
+    "a document of 2,500 tokens": (2500, 7),
+}
+# Relative to the norm. Kernels differ from float32 by 0.003 in bfloat16; what was wrong differed by 1.3.
 TOLERANCE = 0.02
+FIX = "set model.attention: varlen, which is torch's, or take another version"
 
 
 def is_installed() -> bool:
@@ -36,22 +46,31 @@ def is_installed() -> bool:
 
 @cache
 def find_fault(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why these kernels are not for such a model on `device`; None where they proved right, which takes them seconds
-    to compile the first time, and nothing is left to compile then.
+    """Why these kernels are not for such a model on `device`; None where they proved right.
+
+    Takes them some seconds a case to compile the first time; what is compiled is kept for the next start.
+
+    Raises:
+        PacktrainError: they left the GPU unusable.
     """
     if device.type != "cuda" or dtype == torch.float32:
-        return "it runs on CUDA in 16 bit"
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        return f"it runs on GPUs of compute capability {'.'.join(map(str, MIN_CAPABILITY))} and above"
+        return f"it runs on CUDA in 16 bit, and this is {device.type} in {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"it runs from compute capability 9.0 on, and this GPU has {'.'.join(map(str, capability))}"
     if not is_installed():
         return f"{PACKAGE} is not installed"
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # its compiler's, of its own arguments
-            errors = _compare(heads, kv_heads, head_dim, dtype, device)
-    except Exception as error:  # whatever a compiler at work on another's GPU and libraries may raise
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < TOLERANCE]
+    wrong = []
+    for case, lengths in CASES.items():
+        try:
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")  # its compiler's, of its own arguments
+                errors = compare(lengths, heads, kv_heads, head_dim, dtype, device)
+        except torch.AcceleratorError as error:
+            raise PacktrainError(f"{PACKAGE} broke the GPU's context: {_first_line(error)}\n  fix: {FIX}") from error
+        except Exception as error:  # whatever a compiler at work on another's GPU and libraries may raise
+            return _first_line(error)
+        wrong += [f"{name} of {case} by {error:.2g}" for name, error in errors.items() if not error < TOLERANCE]
     return f"wrong for heads of {head_dim}: {', '.join(wrong)} of its norm" if wrong else None
 
 
@@ -68,33 +87,49 @@ def flash4(
 
     Returns:
         ``[tokens, heads, head_dim]``.
-    """
-    # Compiled kernels are kept for the next start. The library reads both when it is imported.
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_root() / PACKAGE))
-    from flash_attn.cute import flash_attn_varlen_func
 
-    output = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=True,
-    )  # fmt: skip
+    Raises:
+        PacktrainError: it failed.
+        torch.OutOfMemoryError, torch.AcceleratorError: as from any kernel.
+    """
+    try:
+        output = _kernel()(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
+            softmax_scale=scale, causal=True,
+        )  # fmt: skip
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise PacktrainError(f"{PACKAGE} failed: {_first_line(error)}\n  fix: {FIX}") from error
     return output[0] if isinstance(output, tuple) else output
 
 
-def _compare(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Errors of output and gradients, relative to their norms in float32."""
+def compare(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Errors of output, with and without gradients wanted, and of gradients, relative to their norms in float32."""
     generator = torch.Generator(device).manual_seed(0)  # training's own is left alone
-    shapes = [(sum(LENGTHS), count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
+    shapes = [(sum(lengths), count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
     *inputs, grad = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
-    found, wanted = (
-        _run(kernel, [x.to(to) for x in inputs], grad.to(to))
-        for kernel, to in ((_packed, dtype), (_by_document, torch.float32))
-    )
-    names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
-    return {
-        name: float((ours.float() - exact).norm() / exact.norm())
-        for name, ours, exact in zip(names, found, wanted, strict=True)
-    }
+    boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+
+    def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash4(q, k, v, boundaries, max(lengths), None)
+
+    def by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        groups = q.shape[1] // k.shape[1]
+        wide = (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in wide), strict=True)
+        outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
+        return torch.cat(outputs, 1).transpose(0, 1)
+
+    wanted = _run(by_document, [x.float() for x in inputs], grad.float())
+    found = _run(packed, inputs, grad)
+    with torch.no_grad():
+        alone = packed(*inputs)
+    names = ("output", "gradient of queries", "gradient of keys", "gradient of values", "output without gradients")
+    pairs = zip(names, [*found, alone], [*wanted, wanted[0]], strict=True)
+    return {name: float((ours.float() - exact).norm() / exact.norm()) for name, ours, exact in pairs}
 
 
 def _run(kernel: Callable[..., torch.Tensor], inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
@@ -104,14 +139,31 @@ def _run(kernel: Callable[..., torch.Tensor], inputs: list[torch.Tensor], grad: 
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
-def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=q.device)
-    return flash4(q, k, v, boundaries, max(LENGTHS), None)
+@cache
+def _kernel() -> Callable[..., torch.Tensor]:
+    """The library's, imported. It keeps what it compiles where locks work, as it waits for them in vain elsewhere."""
+    folder = cache_root() / PACKAGE
+    if _takes_locks(folder):
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
 
 
-def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    groups = q.shape[1] // k.shape[1]
-    wide = (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
-    parts = zip(*(x.transpose(0, 1).split(LENGTHS, 1) for x in wide), strict=True)
-    outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
-    return torch.cat(outputs, 1).transpose(0, 1)
+def _takes_locks(folder: Path) -> bool:
+    probe = folder / f"probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
