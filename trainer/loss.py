@@ -13,10 +13,19 @@ from torch import nn
 
 from trainer.data.types import PackedBatch
 from trainer.errors import UserError
-from trainer.model.kernels.cross_entropy import cross_entropy_
+from trainer.model.kernels.cross_entropy import cross_entropy_, is_in_place
 
-# Logits held at a time: 128 MiB in 16 bit.
+# Logits computed at a time: 128 MiB in 16 bit.
 LOGITS_PER_CHUNK = 2**26
+
+
+def chunk_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """Most bytes that logits in `dtype` and their gradient take: while a chunk is made the one before it lies there."""
+    own, float32 = dtype.itemsize, torch.float32.itemsize
+    if is_in_place(device):
+        return 2 * own * LOGITS_PER_CHUNK
+    copies = 2 * float32 + (own if dtype != torch.float32 else 0)  # widened, and log-sum-exp's or the gradient
+    return max(2 * own, copies) * LOGITS_PER_CHUNK
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -23,6 +23,7 @@ from trainer.data.recall import DataFacts
 from trainer.data.sampler import Pack, collate
 from trainer.data.types import IGNORE_INDEX, PackedRows
 from trainer.errors import UserError
+from trainer.loss import chunk_bytes
 from trainer.model.attention import FLASH4
 from trainer.model.recompute import has_fused_layers
 from trainer.planner import Candidate, needed_bytes, plan, price, smaller_weights
@@ -37,8 +38,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 PROBE_TOKENS = (256, 1024)
-TRAINED_IN_PROBE = 128  # tokens, the same in both: the loss works in chunks of a fixed size ...
-CHUNK_BYTES = 2**30  # ... whose logits, as float32 and in 16 bit, with their gradient stay below this
+TRAINED_IN_PROBE = 128  # tokens, the same in both: the loss works in chunks of a fixed size, which is added
 BACK_OFF = 0.9  # of the memory that ran out, at most, is what a run goes on with
 
 
@@ -132,6 +132,7 @@ class Sizes:
         while True:
             setting, predicted = self.setting, self._current.memory.peak
             measured = _measure(strategy, packs, packs_each, setting.micro_batch * config.data.pack_length)
+            measured += chunk_bytes(getattr(torch, config.compute_dtype), strategy.device)
             excess = needed_bytes(measured, setting.kind) - total
             text = "%s: predicted %.1f GiB, measured %.1f, of %.0f"
             logger.info(text, setting, *(size / GIB for size in (predicted, measured, total)))
@@ -185,10 +186,12 @@ def _too_large(setting: Setting, measured: float, total: float, config: RunConfi
 
 
 def _measure(strategy: Strategy, packs: PackedRows, packs_each: int, tokens: int) -> float:
-    """Bytes that a micro-batch of `tokens` tokens will allocate at most on any process, by two smaller ones."""
+    """Bytes that a micro-batch of `tokens` tokens, few of them trained, will allocate at most on any process, by two
+    smaller ones.
+    """
     small, large = (_peak(strategy, packs, probed, packs_each) for probed in PROBE_TOKENS)
     per_token = (large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
-    return large + per_token * max(0, tokens - PROBE_TOKENS[1]) + CHUNK_BYTES
+    return large + per_token * max(0, tokens - PROBE_TOKENS[1])
 
 
 def _peak(strategy: Strategy, packs: PackedRows, tokens: int, packs_each: int) -> float:

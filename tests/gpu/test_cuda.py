@@ -432,6 +432,23 @@ def test_cross_entropy_and_its_gradient_equal_float64(shape: tuple[int, int], dt
     torch.testing.assert_close(logits, exact.grad.to(dtype), rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-6)
 
 
+@pytest.mark.parametrize("at", [0, 5, 8191, 8192, 20000], ids=str)
+def test_cross_entropy_tells_of_nan_and_of_targets_that_are_no_column(at: int) -> None:
+    """In a row's own loss and gradient, wherever in a block the NaN is, and in no other row's."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 20001, device=CUDA, dtype=torch.bfloat16)
+    logits[1, at] = float("nan")
+    logits[5, :8193], logits[5, at] = float("-inf"), float("nan")
+    targets = torch.tensor([0, 1, -100, 20001, 20000, 20000], device=CUDA)
+    fine = torch.tensor([True, False, False, False, True, False], device=CUDA)
+    wanted = nn.functional.cross_entropy(logits[fine].float(), targets[fine], reduction="none")
+    for needs_grad in (False, True):
+        losses = cross_entropy_(logits, targets, needs_grad)
+        torch.testing.assert_close(losses[fine], wanted, rtol=1e-5, atol=1e-5)
+        assert losses[~fine].isnan().all()
+    assert logits[fine].isfinite().all() and logits[~fine].isnan().all()
+
+
 def test_the_norm_keeps_its_input_alone_for_backward() -> None:
     class Plain(nn.Module):
         variance_epsilon = 1e-5

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import trainer.loss
 from trainer.loss import linear_cross_entropy
+from trainer.model.kernels.cross_entropy import cross_entropy_
 
 
 def reference(hidden, weight, targets):
@@ -49,3 +50,30 @@ def test_a_tiny_scale_does_not_underflow_in_float16():
     weight = torch.randn(7, 8, dtype=torch.float16)
     (linear_cross_entropy(hidden, weight, torch.arange(3)) * 1e-4).backward()
     assert (hidden.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [0, 3, 10])
+def test_nan_among_logits_shows_in_its_row_alone(dtype, bad):
+    logits = torch.randn(3, 11, dtype=dtype)
+    logits[1, bad] = float("nan")
+    targets = torch.tensor([0, 5, 10])
+    wanted = F.cross_entropy(logits.float(), targets, reduction="none")
+    losses = cross_entropy_(logits, targets, True)
+    torch.testing.assert_close(losses, wanted, equal_nan=True)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert logits[1].isnan().all() and logits[::2].isfinite().all()
+
+
+def test_logits_and_targets_that_are_no_rows_of_their_own_are_refused():
+    """The kernel steps from row to row by the vocabulary's size."""
+    with pytest.raises(AssertionError):
+        cross_entropy_(torch.randn(11, 3).t(), torch.arange(3), True)
+    with pytest.raises(AssertionError):
+        cross_entropy_(torch.randn(3, 11), torch.arange(6)[::2], True)
+
+
+@pytest.mark.parametrize("target", [-100, 11])
+def test_a_target_beyond_the_vocabulary_is_refused(target):
+    with pytest.raises(RuntimeError):
+        cross_entropy_(torch.randn(1, 11), torch.tensor([target]), True)

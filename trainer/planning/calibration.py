@@ -2,9 +2,9 @@
 
 Rates are fitted to 41 points on one H200 (torch 2.11): Llama-2 of 7B, 13B and 70B and Llama-3-8B, all methods, every
 level, 4,096 to 28,672 tokens a micro-batch, short documents and long; the one in float8 was measured before the loss
-had its kernel. Predictions differ from them by at most 3.4%. Memory was fitted to Llama-2-7B alone and holds for all
-within 2.5%. Several processes are fitted to two and four GPUs with NVLink. Where nothing was measured a line says
-"estimate". `tests/unit/test_planner.py` has the points.
+had its kernel. Predictions differ from them by at most 3.4%. The memory of one GPU is counted, not fitted, and within
+1.2% of these points. Several processes are fitted to two and four GPUs with NVLink. Where nothing was measured a line
+says "estimate". `tests/unit/test_planner.py` has the points.
 """
 
 from __future__ import annotations

@@ -239,18 +239,25 @@ def _weight_gradients(job: Job) -> float:
 
 
 def _at_loss(job: Job, tokens: int) -> float:
-    """The fuller of two moments, as if every token were trained. In forward a chunk of logits is made while the one
-    before it still lies there with its gradient, beside hidden states and their gradients; in backward those are scaled
-    in float32. A trained head has its gradient in both.
+    """The fullest of five moments of `trainer.loss`, as if every token were trained, with the kernel that writes the
+    gradient in the place of the logits.
+
+    In forward a chunk of logits is made while the one before it still lies there; a trained head's gradient of a chunk
+    is about to be added to the others; the hidden states' gradients, a chunk each, are laid together. In backward a
+    trained head's gradient is scaled in float32, then the hidden states'.
     """
-    shape, size = job.shape, job.compute_size
+    shape, size, float32 = job.shape, job.compute_size, SIZES["float32"]
     modules = job.config.adapter.modules_to_save if job.config.adapter else ["lm_head"]
-    head = shape.vocab * shape.hidden if "lm_head" in modules else 0
-    cast = size if job.trained_size != size else 0
-    float32 = SIZES["float32"]
+    is_trained = "lm_head" in modules
+    projection = shape.vocab * shape.hidden
+    head = projection if is_trained else 0
+    rests_in = job.config.train.param_dtype if is_trained else job.config.model.dtype
+    cast = size * projection if rests_in != job.config.compute_dtype else 0
+    hidden = size * shape.hidden * tokens
     first = min(LOGITS_PER_CHUNK, tokens * shape.vocab)
     second = min(LOGITS_PER_CHUNK, tokens * shape.vocab - first)
-    logits = max(2 * float32 * first, (float32 + size) * (first + second))  # log-sum-exp takes a copy
-    forward = logits + 2 * size * shape.hidden * tokens + (float32 + size + cast) * head
-    backward = (size + 2 * float32) * shape.hidden * tokens + (2 * float32 + job.trained_size % float32) * head
-    return max(forward, backward)
+    forward = max(size * (first + second) + 2 * hidden, size * (first + head) + 2 * hidden, size * first + 3 * hidden)
+    of_head = 2 * float32 + (job.trained_size if job.trained_size != float32 else 0)
+    of_hidden = (2 if size != float32 else 1) * float32 * shape.hidden * tokens
+    backward = max(of_head * head + hidden, (float32 + job.trained_size) * head + hidden + of_hidden)
+    return max(forward + cast + float32 * head, backward)
