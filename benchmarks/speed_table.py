@@ -90,9 +90,10 @@ def _row(cell: Cell, ceiling: float | None, peak: float | None, ours: float | No
     row |= {"mfu": peak and rate * flops / peak}
     if cell["contender"] != PACKTRAIN:
         extra = _extra_attention(cell, machine)
-        is_known = extra is not None and extra < cell["step_seconds"]
         row["attention_s"] = extra
-        row["without_mask"] = cell["step_tokens"] / (cell["step_seconds"] - extra) if is_known else None
+        row["without_mask"] = None
+        if extra is not None and extra < cell["step_seconds"]:  # the same rate of the same steps, each so much shorter
+            row["without_mask"] = rate * cell["step_seconds"] / (cell["step_seconds"] - extra)
         row["ratio"] = ours and ours / rate
         row["ratio_without_mask"] = ours and row["without_mask"] and ours / row["without_mask"]
     budget = SETTINGS[cell["setting"]].budget_gib

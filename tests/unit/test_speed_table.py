@@ -71,6 +71,19 @@ def test_a_peer_is_compared_with_the_price_of_its_mask_and_without(rows: Any) ->
     assert "takes more than 24 GiB" in text and "not installed: unsloth" in text
 
 
+def test_a_peer_without_a_mask_has_one_rate_though_its_steps_differ(rows: Any) -> None:
+    """The rate is the median of the steps' rates, which is not the mean of tokens over the median of seconds."""
+    uneven = {"step_seconds": 4.0, "step_tokens": 16000}  # 4,000 tok/s of these
+    dense = {**MASK, "attention": "varlen"}
+    found, _ = rows(
+        cell("packtrain", 12000.0, peak_gib=8.0),
+        {"contender": "hardware", "attention": []},
+        cell("trl", 4096.0, peak_gib=12.0, **dense) | uneven,
+    )
+    assert found["trl"]["without_mask"] == pytest.approx(4096)
+    assert found["trl"]["ratio_without_mask"] == pytest.approx(found["trl"]["ratio"])
+
+
 def test_where_the_mask_was_not_measured_the_second_column_is_empty(rows: Any) -> None:
     found, _ = rows(cell("packtrain", 12000.0, peak_gib=8.0), cell("trl", 4096.0, peak_gib=12.0, **MASK))
     assert found["trl"]["without_mask"] is None
