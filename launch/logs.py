@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,8 @@ def logs(
 ) -> None:
     """Show the last lines of a run: what rank 0 logs, and what its job prints; and where jobs that follow it log.
 
-    Lines of several files have a heading where a file begins.
+    Lines of a rank that has several files have a heading where a file begins; of several ranks each line has its rank's
+    number before it.
 
     Args:
         run_dir: folder of a run, submitted or not.
@@ -45,16 +47,15 @@ def logs(
     status = None if follow else ask(run_dir)
     _check_rank(run_dir, rank, list(found), follow)
     width = len(str(max(found, default=0)))
-    current: Path | None = None  # whose lines are being shown
+    current: dict[int, Path] = {}  # of each rank the file whose lines are being shown
 
     def wanted(number: int) -> bool:
         return rank in (ALL, str(number))
 
     def show(number: int, path: Path, line: str) -> None:
-        nonlocal current
-        if path != current and (current or several):
+        if path != current.get(number) and (number in current or number in several):
             print("\n" * bool(current) + f"==> {path} <==")
-        current = path
+        current[number] = path
         print(f"[{number:>{width}}] {line}" if rank == ALL else line, flush=follow)
 
     ranks = {number: RankLog() for number in found if wanted(number)}
@@ -62,7 +63,8 @@ def logs(
         for path in found[number]:
             log.add(path)
     last = [(number, path, line) for number, log in ranks.items() for path, line in log.last_lines(lines)]
-    several = len({path for _, path, _ in last}) > 1
+    files = Counter(number for number, _ in {(number, path) for number, path, _ in last})
+    several = {number for number, count in files.items() if count > 1}
     for number, path, line in last:
         show(number, path, line)
     if status is None:

@@ -114,10 +114,10 @@ def test_one_rank_and_all_ranks(commands: Commands, run_dir: Path, capsys: pytes
     assert cli.main(["logs", str(run_dir), "--rank", "2"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{STAMP}rank 2"]
     assert cli.main(["logs", str(run_dir), "--rank", "all"]) == 0
-    parts = [part.splitlines() for part in capsys.readouterr().out.split("\n\n")]
-    assert parts[0] == [f"==> {log(run_dir)} <==", f"[ 0] {STAMP}rank 0"]
-    assert parts[3:5] == [[told[0], "[ 3] Traceback"], [told[3], f"[ 3] {STAMP}rank 3"]]
-    assert len(parts) == 13 and parts[-1] == [f"==> {log(run_dir, 11)} <==", f"[11] {STAMP}rank 11"]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:4] == [*(f"[{rank:>2}] {STAMP}rank {rank}" for rank in range(3)), ""]
+    assert shown[4:9] == [told[0], "[ 3] Traceback", "", told[3], f"[ 3] {STAMP}rank 3"]  # the one that has two files
+    assert shown[9:] == [f"[{rank:>2}] {STAMP}rank {rank}" for rank in range(4, 12)]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +286,27 @@ def test_following_over_a_restart_until_the_end(commands: Commands, run_dir: Pat
     assert [line.removeprefix(STAMP) for line in lines] == ["step 1", "step 2", "step 3", "half a line", "the end"]
     assert one.seen[one.seen.index("half a line") - 1] == f"==> {output(run_dir)} <=="
     assert [line for line in one.seen if "is done" in line]
+
+
+def test_ranks_that_log_in_turn_need_no_headings(commands: Commands, run_dir: Path, follow: list[Follower]) -> None:
+    for rank in (0, 1):
+        write(log(run_dir, rank), "begins")
+    follow.append(one := Follower(commands, str(run_dir), "--rank", "all"))
+    one.wait_for("[1] begins")
+    for step in (1, 2):
+        for rank in (0, 1):
+            write(log(run_dir, rank), f"step {step}")
+            one.wait_for(f"[{rank}] step {step}")
+    write(output(run_dir, 1), "Traceback")
+    one.wait_for("[1] Traceback")
+    write(log(run_dir, 0), "step 3")
+    one.wait_for("[0] step 3")
+    set_state(run_dir, "done")
+    commands.add("squeue")
+    assert one.finish() == 0
+    steps = [f"[{rank}] {text}" for text in ("begins", "step 1", "step 2") for rank in (0, 1)]
+    wanted = [*steps, "", f"==> {output(run_dir, 1)} <==", "[1] Traceback", "[0] step 3"]
+    assert [line for line in one.seen if not line.startswith("--")] == wanted
 
 
 def test_files_that_come_later_are_followed(commands: Commands, tmp_path: Path, follow: list[Follower]) -> None:
