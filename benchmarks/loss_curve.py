@@ -5,7 +5,8 @@
 The reference is one process of plain modules: a block mask that tells documents apart, `F.cross_entropy` over whole
 logits, torch's AdamW, float32 throughout (a base that the recipe quantises is what bitsandbytes quantises and
 dequantises). It begins with the same adapter and sees the same packs in the same order. Each path is a run of
-`packtrain train` on the recipe with the path's fields over it. Losses jump from step to step as the data do, alike for
+`packtrain train` on the recipe with the path's fields over it, all but `flash4` with torch's attention. A recipe that
+says what the reference does not do is refused. Losses jump from step to step as the data do, alike for
 all; so what is told is the largest relative difference of their means over `WINDOW` steps. Random weights have next to
 nothing to learn by an adapter: take a model that was trained. Dotted options go to the recipe.
 """
@@ -31,15 +32,18 @@ from trainer.config import RunConfig
 from trainer.data.prepare import load_splits
 from trainer.data.sampler import GlobalBatchSampler, collate
 from trainer.data.types import PackedBatch
+from trainer.errors import UserError
+from trainer.model import flash4
 from trainer.model.build import build_model
 from trainer.model.lora import ADAPTER
 from trainer.model.tokenizer import load_tokenizer
 from trainer.recipe import load_recipe, split_overrides
 from trainer.schedule import Schedule
 
+FLASH4 = "flash4"
 PATHS: dict[str, dict[str, str]] = {
     "bfloat16": {},
-    "flash4": {"model.attention": "flash4"},
+    FLASH4: {},
     "mlp": {"train.recompute": "mlp"},
     "full": {"train.recompute": "full"},
     "float8": {"train.float8": "true"},
@@ -64,14 +68,67 @@ def main() -> None:
         "train.max_steps": str(arguments.steps),
         "train.device": "cpu" if arguments.device == "cpu" else "auto",
     }
-    config = load_recipe(arguments.recipe, overrides)
+    try:
+        runs = plan_runs(arguments.recipe, arguments.paths.split(","), overrides, arguments.device)
+        config = load_recipe(arguments.recipe, overrides)
+        refuse_what_the_reference_lacks(config)
+    except UserError as error:
+        sys.exit(str(error))
     curves = {"reference": train_reference(config, torch.device(arguments.device))}
     tell("reference", curves["reference"], arguments.results)
     torch.cuda.empty_cache()
-    for path in arguments.paths.split(","):
-        curves[path] = train(arguments.recipe, overrides | PATHS[path])
+    for path, fields in runs.items():
+        curves[path] = train(arguments.recipe, fields)
         tell(path, curves[path], arguments.results)
     print_table(curves)
+
+
+def plan_runs(recipe: Path, paths: list[str], overrides: dict[str, str], device: str) -> dict[str, dict[str, str]]:
+    """What each path lays over the recipe.
+
+    Raises:
+        UserError: no such path, or the recipe does not go with it, or this machine.
+    """
+    runs = {}
+    for path in paths:
+        if path not in PATHS:
+            raise UserError("--paths", repr(path), ", ".join(PATHS))
+        if path == FLASH4 and (device == "cpu" or not flash4.is_installed()):
+            raise UserError("--paths", f"{FLASH4} on this device", f"a GPU, and {flash4.PACKAGE} installed")
+        fields = overrides | PATHS[path]
+        can_varlen = device == "cuda" and load_recipe(recipe, fields).compute_dtype != "float32"
+        fields["model.attention"] = FLASH4 if path == FLASH4 else "varlen" if can_varlen else "auto"
+        load_recipe(recipe, fields)
+        runs[path] = fields
+    return runs
+
+
+def refuse_what_the_reference_lacks(config: RunConfig) -> None:
+    """Raises UserError where the recipe says what the reference leaves out: the curves would differ for that."""
+    wanted: dict[str, tuple[Any, Any]] = {
+        "model.init": (config.model.init, "pretrained"),
+        "model.revision": (config.model.revision, None),
+        "optim.name": (config.optim.name, "adamw"),
+        "eval.early_stopping": (config.eval.early_stopping, None),
+    }
+    if config.schedule.name == "plateau":
+        raise UserError("schedule.name", "plateau", "a schedule that knows the rate of each step beforehand")
+    if config.quantization and config.quantization.type == "int8":
+        raise UserError("quantization.type", "int8", "nf4 or fp4")
+    if adapter := config.adapter:
+        targets = "all-linear" if set(adapter.targets) == set(LINEARS) else adapter.targets
+        wanted |= {
+            "adapter.targets": (targets, "all-linear"),
+            "adapter.alpha": (adapter.alpha, float(int(adapter.alpha))),
+            "adapter.dropout": (adapter.dropout, 0.0),
+            "adapter.rslora": (adapter.rslora, False),
+            "adapter.dora": (adapter.dora, False),
+            "adapter.modules_to_save": (adapter.modules_to_save, []),
+        }
+    for field, (found, allowed) in wanted.items():
+        if found != allowed:
+            fix = f"--{field}={json.dumps(allowed)} over the recipe, as the reference does nothing else"
+            raise UserError(field, str(found), json.dumps(allowed), fix)
 
 
 def train(recipe: Path, overrides: dict[str, str]) -> list[float]:
@@ -172,7 +229,13 @@ def tell(path: str, losses: list[float], results: Path | None) -> None:
 def print_table(curves: dict[str, list[float]]) -> None:
     """Markdown."""
     reference = curves["reference"]
-    heads = ("path", "steps", "first loss", "mean of the last 20", f"largest difference, means of {WINDOW} steps")
+    heads = (
+        "path",
+        "steps",
+        "first loss",
+        f"mean of the last {WINDOW}",
+        f"largest difference, means of {WINDOW} steps",
+    )
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for path, losses in curves.items():
         starts = range(max(1, len(reference) - WINDOW + 1))
