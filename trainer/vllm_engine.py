@@ -136,7 +136,10 @@ class VLLMEngine:
         inputs: list[Any] = [{"prompt_token_ids": ids} for ids, _ in rows]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         lora = self._lora if with_adapter else None
-        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=lora)
+        # Built for CPUs, vLLM 0.32 fails at an adapter's prompt log-probabilities where requests share a batch.
+        at_once = 1 if self._lora and not torch.cuda.is_available() else max(1, len(inputs))
+        batches = [inputs[i : i + at_once] for i in range(0, len(inputs), at_once)]
+        outputs = [o for b in batches for o in self._llm.generate(b, sampling, use_tqdm=False, lora_request=lora)]
         return [_scores(output.prompt_logprobs, *row) for output, row in zip(outputs, rows, strict=True)]
 
     def _check_beams(self, temperature: float, stop_ids: Sequence[int]) -> None:
