@@ -99,7 +99,7 @@ class Server:
         """Raises what ends the waiting: that the child has ended, or a signal."""
         if (status := self._process.poll()) is not None:
             self._reader.join(SECONDS_FOR_LAST_LINES)
-            why = f": {self._first_error}" if self._first_error else ""
+            why = f"; the first error it named: {self._first_error}" if self._first_error else ""
             raise PacktrainError(f"the server {how_it_ended(status)}{why}\n{self._last_lines()}".rstrip())
         if stops := self._stops():
             if signal.SIGINT in stops:
