@@ -81,11 +81,11 @@ def verify(folder: Path, *, vllm: bool = False) -> None:
     """
     from trainer.errors import UserError
     from trainer.export.verify import find_merged, verify_export
-    from trainer.servable import vllm_is_usable
+    from trainer.servable import WITHOUT_VLLM, vllm_is_usable
 
     if vllm and not vllm_is_usable():
-        found = "vLLM is not installed here, or no GPU is visible"
-        raise UserError("--vllm", found, fix="install the extra `serve` on a host with a GPU")
+        fix = "install the extra `serve` on a host with a GPU, or vLLM's build for CPUs"
+        raise UserError("--vllm", WITHOUT_VLLM, fix=fix)
     if not vllm or find_merged(folder):
         _print_proof(verify_export(folder))
     if vllm:

@@ -50,7 +50,8 @@ def generate(
         top_p: share of probability that sampling draws from.
         num_beams: width of the beam search.
         seed: of the sampling.
-        engine: what computes the answers; auto: vLLM where it is installed and a GPU is visible, else transformers.
+        engine: what computes the answers; auto: vLLM where it is installed and a GPU is visible or it is built for
+            CPUs, else transformers.
         out: write one JSON object a line there instead of printing the answers.
     """
     defaults: dict[str, Any] = {
@@ -99,8 +100,8 @@ def chat(
         temperature: 0 always takes the likeliest token.
         top_p: share of probability that sampling draws from.
         seed: of the sampling.
-        engine: what computes the answers; auto: vLLM where it is installed and a GPU is visible, else transformers,
-            whose answers come word by word.
+        engine: what computes the answers; auto: vLLM where it is installed and a GPU is visible or it is built for
+            CPUs, else transformers, whose answers come word by word.
     """
     from transformers import TextStreamer
 

@@ -75,7 +75,7 @@ def serve(
     """
     from launch.serving import choose_num_gpus, serving_options
     from trainer.launchers import count_gpus
-    from trainer.servable import describe_servable
+    from trainer.servable import describe_servable, is_built_for_cpus
 
     _check_passed_on(vllm_options)
     variable, key = _api_key(os.environ)
@@ -95,6 +95,8 @@ def serve(
     _check_port(host, port)
     if result.config:
         logger.info("rows of up to %d tokens were trained on", result.config.data.pack_length)
+    if servable.adapter and is_built_for_cpus():  # vLLM 0.32, vllm/lora/ops/torch_ops: no adapter is index -1, the last
+        logger.warning("on CPUs vLLM applies the adapter to %s-base too where requests for both share a batch", name)
     _run(command, _url(host, port), request, prompt_ids, variable, key, wait)
 
 
@@ -182,7 +184,8 @@ def _find_vllm() -> str:
     raise UserError(
         "packtrain serve",
         "vLLM is not installed here",
-        fix="pip install -e '.[serve]' in packtrain's folder, on a machine with GPUs; --print shows the command",
+        fix="pip install -e '.[serve]' in packtrain's folder on a machine with GPUs, or vLLM's build for CPUs; "
+        "--print shows the command",
     )
 
 

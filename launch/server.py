@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from launch.local import LINES_SHOWN, POLL_SECONDS, die_with, how_it_ended
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, first_error
 
 SECONDS_TO_STOP = 30.0  # between the request to end and the end of patience
 SECONDS_FOR_LAST_LINES = 1.0
@@ -37,6 +37,7 @@ class Server:
     ) -> None:
         self._received, self._secret = received, secret
         self._last: deque[str] = deque(maxlen=LINES_SHOWN)
+        self._first_error = ""
         self._process = subprocess.Popen(
             command,
             env=environ,
@@ -98,7 +99,8 @@ class Server:
         """Raises what ends the waiting: that the child has ended, or a signal."""
         if (status := self._process.poll()) is not None:
             self._reader.join(SECONDS_FOR_LAST_LINES)
-            raise PacktrainError(f"the server {how_it_ended(status)}\n{self._last_lines()}".rstrip())
+            why = f"; the first error it named: {self._first_error}" if self._first_error else ""
+            raise PacktrainError(f"the server {how_it_ended(status)}{why}\n{self._last_lines()}".rstrip())
         if stops := self._stops():
             if signal.SIGINT in stops:
                 raise KeyboardInterrupt
@@ -127,4 +129,5 @@ class Server:
             line = raw.decode(errors="replace").rstrip("\n")
             shown = line.replace(self._secret, HIDDEN) if self._secret else line
             self._last.append(shown)
+            self._first_error = self._first_error or first_error(shown)
             print(shown, file=sys.stderr, flush=True)

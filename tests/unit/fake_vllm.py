@@ -59,7 +59,8 @@ def main() -> None:
     (NOTES / "started.json").write_text(json.dumps(record))
     print(f"loading; the key is {KEY}", flush=True)
     if MODE == "dies at start":
-        print("ValueError: No available memory for the cache blocks", file=sys.stderr, flush=True)
+        why = "(Worker pid=7) ERROR 11-21 23:28:00 [worker.py:95] ValueError: No available memory for the cache blocks"
+        print(why, *["  in a frame"] * 20, "RuntimeError: see root cause above", sep="\n", file=sys.stderr, flush=True)
         sys.exit(3)
     options = dict(zip(sys.argv[:-1], sys.argv[1:], strict=True))
     server = ThreadingHTTPServer((options["--host"], int(options["--port"])), Handler)

@@ -41,6 +41,7 @@ IN_ALL_VLLM = {
     "--dtype",
     "--enable-lora",
     "--generation-config",
+    "--gpu-memory-utilization",
     "--host",
     "--lora-modules",
     "--max-lora-rank",
@@ -228,7 +229,7 @@ class TestTellsWhatIsWrong:
     @pytest.mark.parametrize(
         ("mode", "status", "said"),
         [
-            ("dies at start", 1, ["ended with status 3", "No available memory"]),
+            ("dies at start", 1, ["ended with status 3; the first error it named: ValueError: No available memory"]),
             ("never healthy", 1, ["does not answer after 1 s", "--wait"]),
             ("dies when asked", 1, ["illegal memory access"]),
             ("double BOS", 1, ["not as in training", "BOS may be there twice"]),

@@ -69,6 +69,8 @@ class LLM:
         max_loras: int = 1,
         max_lora_rank: int = 16,
         generation_config: str = "auto",
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.92,
     ) -> None:
         self.fault = os.environ.get("VLLM_STAND_IN_FAULT", "")
         assert self.fault in FAULTS

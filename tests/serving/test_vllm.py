@@ -1,12 +1,11 @@
-"""vLLM itself serves what was trained: merged and unmerged, proven by the gate, and asked by `generate`.
+"""vLLM itself, on a GPU or built for CPUs: merged and unmerged, proven by the gate, and asked by `generate`.
 
-It starts a vLLM engine for each test, half a minute and more. Where vLLM lacks flashinfer, set
-``VLLM_USE_FLASHINFER_SAMPLER=0`` as for vLLM alone.
+An engine starts four times, each a minute or so. Where vLLM lacks flashinfer, set ``VLLM_USE_FLASHINFER_SAMPLER=0`` as
+for vLLM alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -26,14 +25,10 @@ from trainer.config import RunConfig
 from trainer.errors import PacktrainError
 from trainer.export.merge import merge_adapter
 from trainer.export.parity import MAX_MEAN_DIFFERENCE, check_parity
+from trainer.servable import vllm_is_usable
 from trainer.vllm_job import Job, Served, serve_in_child
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None, reason="needs CUDA and vLLM"
-    ),
-]
+pytestmark = pytest.mark.skipif(not vllm_is_usable(), reason="needs vLLM, and a GPU or vLLM's build for CPUs")
 Make = Callable[..., Path]
 LORA: dict[str, Any] = {"r": 8, "alpha": 16.0}
 ANSWER = "no, no"
@@ -76,11 +71,8 @@ def run_of(base: Path, tmp_path: Path, toy_tokenizer: Any, toy_recipe: Callable[
     return make
 
 
-@pytest.mark.parametrize("quantization", [None, {"type": "nf4", "double_quant": True}], ids=["lora", "qlora"])
-def test_verify_proves_a_merged_model(
-    run_of: Make, quantization: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_of(quantization)
+def test_verify_proves_a_merged_qlora(run_of: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of({"type": "nf4", "double_quant": True})
     assert main(["verify", str(run), "--vllm"]) == 0
     printed = capsys.readouterr().out
     print(printed)
@@ -109,8 +101,7 @@ def test_unmerged_adapter_is_applied_and_missed_where_vllm_passes_it_over(run_of
     print(caught.value)
 
 
-@pytest.mark.parametrize("folder", ["merged", "."])
-def test_generate_answers_as_under_transformers(run_of: Make, tmp_path: Path, folder: str) -> None:
+def test_generate_answers_as_under_transformers(run_of: Make, tmp_path: Path) -> None:
     run = run_of()
     prompts = [{"prompt": row["messages"][0]["content"]} for row in chat_rows(8, seed=5)]
     prompts += [{**prompts[0], "num_beams": 2}, {**prompts[0], "temperature": 0.7, "top_p": 0.9}]
@@ -118,7 +109,7 @@ def test_generate_answers_as_under_transformers(run_of: Make, tmp_path: Path, fo
     answers = {}
     for engine in ("vllm", "transformers"):
         out = tmp_path / f"{engine}.jsonl"
-        command = ["generate", str(run / folder), "--prompts", str(file), "--max-new-tokens", "16", "--out", str(out)]
+        command = ["generate", str(run), "--prompts", str(file), "--max-new-tokens", "16", "--out", str(out)]
         assert main([*command, "--engine", engine]) == 0
         answers[engine] = [json.loads(line)["answer"] for line in out.read_text().splitlines()]
     assert answers["vllm"][:9] == answers["transformers"][:9]
