@@ -235,7 +235,11 @@ def test_calls_that_are_none_are_told(fields: dict[str, Any], reason: str) -> No
         read_example(row, 0, source, find_columns(source, list(row), "w"))
 
 
-plain_texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cc"]), min_size=1, max_size=12)
+plain_texts = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cc"]), min_size=1, max_size=12
+).filter(
+    lambda text: "<" not in text  # no control tokens, for which rows are refused
+)
 
 
 @given(
@@ -271,6 +275,7 @@ def test_text_that_a_template_wrote_gives_the_rows_of_its_messages(
         "<s>### Instruction: q ### Response: a</s>",
         "<s>[INST] q [/INST] a </s> and more",
         "<s><s>[INST] q [/INST] a </s>",
+        "<s>[INST] q [/INST] a <s> </s>",
     ],
 )
 def test_text_that_another_hand_wrote_is_not_guessed_at(llama2_like: PreTrainedTokenizerFast, text: str) -> None:
