@@ -15,9 +15,14 @@ from cyclopts.validators import Number
 
 from trainer.errors import UserError
 
+LOWEST_TEMPERATURE = 0.001  # logits divided by much less are no longer finite
 SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
     "max_new_tokens": (int, lambda value: value >= 1, "a whole number of at least 1"),
-    "temperature": (int | float, lambda value: 0 <= value < math.inf, "a number of at least 0"),
+    "temperature": (
+        int | float,
+        lambda value: value == 0 or LOWEST_TEMPERATURE <= value < math.inf,
+        f"0, or a number of at least {LOWEST_TEMPERATURE}",
+    ),
     "top_p": (int | float, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
     "num_beams": (int, lambda value: value >= 1, "a whole number of at least 1"),
 }

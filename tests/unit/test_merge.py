@@ -330,6 +330,24 @@ class TestRefusals:
         file.write_bytes(file.read_bytes()[:-100])
         self.refuse(run, tmp_path / "out", "truncated")
 
+    @pytest.mark.parametrize("length", [0, 100, -100])
+    def test_truncated_base(self, run: Path, tmp_path: Path, length: int) -> None:
+        file = tmp_path / "base" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:length])
+        self.refuse(run, tmp_path / "out", "truncated")
+
+    @pytest.mark.parametrize("name", ["r", "lora_alpha"])
+    def test_adapter_without_a_scale(self, run: Path, tmp_path: Path, name: str) -> None:
+        file = run / "adapter" / "adapter_config.json"
+        config = json.loads(file.read_text())
+        for value in (None, 0, "8"):
+            file.write_text(json.dumps({**config, name: value}))
+            self.refuse(run, tmp_path / "out", f"{name} {value}")
+
+    def test_generation_config_that_is_none(self, run: Path, tmp_path: Path) -> None:
+        (tmp_path / "base" / "generation_config.json").write_text("{\n")
+        self.refuse(run, tmp_path / "out", r"generation_config\.json.*no JSON object")
+
     def test_adapter_kind_that_is_more_than_low_rank(self, run: Path, tmp_path: Path) -> None:
         file = run / "adapter" / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))

@@ -181,6 +181,10 @@ class TestPlantedFaults:
         shutil.copy(tmp_path / "original" / "model.safetensors", run / "merged")
         self.catch(run, "differ")
 
+    def test_manifest_of_something_else(self, run: Path) -> None:
+        write_manifest(run / "merged", {})
+        self.catch(run, r"manifest\.json: adapter, base, .* missing")
+
     def test_truncated_instead_of_rounded(self, run: Path) -> None:
         base, delta = self.base_and_delta(run)
 

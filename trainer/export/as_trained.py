@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
-from trainer.checkpoint.layout import hash_file, read_manifest
+from trainer.checkpoint.layout import MANIFEST, hash_file, read_manifest
 from trainer.checkpoint.result import Result, enclosing_run, find_result
 from trainer.config import ModelConfig, QuantizationConfig, RunConfig
 from trainer.errors import PacktrainError, UserError
@@ -25,6 +25,8 @@ from trainer.generate import default_device
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
 from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, dynamic_map
 from trainer.model.quantized import format_of
+
+KEYS = {"model", "seed", "dtype", "quantization", "adapter", "recipe", "base", "merged_onto"}  # of a merge's manifest
 
 
 class AsTrained:
@@ -43,6 +45,8 @@ class AsTrained:
 
     def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
         self.folder, self.manifest, self._look = folder, read_manifest(folder), check
+        if missing := sorted(KEYS - self.manifest.keys()):
+            raise PacktrainError(f"{folder / MANIFEST}: {', '.join(missing)} missing\n  fix: merge again")
         self.device = default_device()
         self.base = BaseTensors(ModelConfig.model_validate(self.manifest["model"]), self.manifest["seed"])
         self.result = self._find_adapter()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checkpoint.result import Result
@@ -21,6 +20,7 @@ from trainer.export.shards import cut_into_shards
 from trainer.model.adapter_files import ADAPTER_CONFIG
 from trainer.model.folder import resolve_folder
 from trainer.model.lora import decoder_linears
+from trainer.model.source import open_weights
 from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import (
     STALE_SUFFIX,
@@ -120,7 +120,7 @@ class BaseTensors:
     @cached_property
     def _handles(self) -> dict[str, Any]:
         assert self.folder is not None
-        return {file.name: safe_open(file, framework="pt") for file in weight_files(self.folder)}
+        return {file.name: open_weights(file) for file in weight_files(self.folder)}
 
 
 def base_of_result(result: Result, adapter: Adapter) -> BaseTensors:

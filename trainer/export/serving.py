@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import ModelConfig
 from trainer.data.masking import load_template, stop_token_ids, template_text
+from trainer.errors import UserError
 from trainer.model.folder import resolve_folder
 
 
@@ -41,11 +42,21 @@ def write_serving_files(
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
+    except ValueError as error:
+        raise UserError(str(file), f"no JSON object: {error}", "the base's own", "download or copy it again") from error
+    return settings
+
+
 def _generation_settings(base_folder: Path | None, model_config: Any, stop_tokens: list[int]) -> dict[str, Any]:
     """The base's generation config with the trained stop tokens among its end tokens."""
     file = base_folder / "generation_config.json" if base_folder else None
     if file and file.exists():
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = _read_settings(file)
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         settings = {n: getattr(model_config, n) for n in names if getattr(model_config, n, None) is not None}

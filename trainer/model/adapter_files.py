@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def check_adapter_config(folder: Path) -> None:
     """Refuses adapters that are more than low-rank matrices beside an untouched base.
 
     Raises:
-        UserError: the adapter changed the base when it was made (PiSSA, OLoRA ...), or is no LoRA.
+        UserError: the adapter changed the base when it was made (PiSSA, OLoRA ...), is no LoRA, or has no scale.
     """
     file = folder / ADAPTER_CONFIG
     try:
@@ -101,6 +102,10 @@ def check_adapter_config(folder: Path) -> None:
         raise UserError(str(file), f"holds a {type(config).__name__}", "the file that PEFT wrote")
     if config.get("peft_type") != "LORA":
         raise UserError(str(file), f"peft_type {config.get('peft_type')}", "LORA")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(str(file), f"{name} {value}", "a number above 0", "take the file that PEFT wrote")
     init = config.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "eva"):
         raise UserError(

@@ -77,16 +77,28 @@ def _list_file(file: Path, names: list[str] | None) -> list[StoredTensor]:
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
+def open_weights(file: Path) -> Any:
+    """A safetensors file's tensors by name.
+
+    Raises:
+        UserError: its header is broken, or the file shorter than that says.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _truncated(file, str(error)) from error
+
+
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     """What safetensors' header says of each tensor, and where the first begins; see the format's description:
     https://huggingface.co/docs/safetensors/index#format"""
+    with open_weights(file):
+        pass
     try:
-        with safe_open(file, framework="pt"):  # checks the header, and the file's size by it
-            pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise _truncated(file, str(error)) from error
     header.pop("__metadata__", None)
     return header, 8 + length
