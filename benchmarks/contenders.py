@@ -72,9 +72,9 @@ SETTINGS = {
         "adapters of rank 16 on all linear layers, over an NF4 base; 16-bit matmuls, all of the GPU's memory", "qlora"
     ),
     "qlora-24gib": Setting(
-        "the same within the memory of a 24 GiB GPU",
+        "the same within the memory of a 24 GiB GPU, as `packtrain plan` chooses for one",
         "qlora",
-        overrides={"train.micro_batch": 2, "train.recompute": "full"},
+        overrides={"train.micro_batch": 1, "train.recompute": "none"},
         budget_gib=24.0,
     ),
     "lora": Setting("adapters of rank 16 on all linear layers, over a bfloat16 base", "lora"),

@@ -94,11 +94,12 @@ def run_cells(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def choose_cells(settings: list[str], contenders: list[str]) -> Iterator[tuple[str, str]]:
-    """Settings with their contenders; the hardware once, and what keeps all activations in no small memory."""
+    """Settings with their contenders; the hardware once, and in small memory none that keeps four packs' activations."""
     for at, (setting, contender) in enumerate(itertools.product(settings, contenders)):
         if contender == HARDWARE and at >= len(contenders):
             continue
-        if contender in PEERS and SETTINGS[setting].budget_gib and not PEERS[contender].recompute:
+        peer = PEERS.get(contender)
+        if peer and SETTINGS[setting].budget_gib and not (peer.recompute or peer.accumulate):
             continue
         yield setting, contender
 

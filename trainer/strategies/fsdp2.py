@@ -118,8 +118,9 @@ class FullyShard(SingleProcess):
         return loss_sum
 
     def _local(self, parameter: torch.Tensor) -> torch.Tensor:
-        cut: Any = parameter.detach()
-        return cut.to_local()
+        cut: Any = parameter
+        with torch.no_grad():  # detaching a DTensor costs 20 microseconds, and there are hundreds a step
+            return cut.to_local()
 
     def _square_sum(self, grads: list[torch.Tensor]) -> torch.Tensor:
         total = super()._square_sum(grads).to(self.device)
