@@ -94,7 +94,7 @@ def run_cells(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def choose_cells(settings: list[str], contenders: list[str]) -> Iterator[tuple[str, str]]:
-    """Settings with their contenders; the hardware once, and in small memory none that keeps four packs' activations."""
+    """Settings with their contenders; the hardware once, in small memory none that keeps four packs' activations."""
     for at, (setting, contender) in enumerate(itertools.product(settings, contenders)):
         if contender == HARDWARE and at >= len(contenders):
             continue

@@ -23,7 +23,7 @@ from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
 from trainer.schedule import Schedule
 from trainer.sizes import Sizes
-from trainer.strategies.base import Strategy
+from trainer.strategies.base import StepResult, Strategy
 from trainer.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,23 @@ class LoopState:
     failures_in_a_row: int = 0
     skipped_steps: int = 0
     evaluated_step: int = 0
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose figures may still be on their way.
+
+    Attributes:
+        loss_sum: over the global batch, on the device.
+        num_tokens, num_trained: of the global batch.
+    """
+
+    step: int
+    loss_sum: torch.Tensor
+    result: StepResult
+    lr: float
+    num_tokens: int
+    num_trained: int
 
 
 class TrainLoop:
@@ -94,6 +111,7 @@ class TrainLoop:
         self.state = LoopState()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: Future[list[PackedBatch]] | None = None
+        self._unread: UnreadStep | None = None
 
     def fit(self) -> None:
         """Trains from `state.step` to the end and commits a checkpoint there.
@@ -108,13 +126,17 @@ class TrainLoop:
                     self.evaluate()  # a stop came before its end
             while self.state.step < self.num_steps and not self._stops_early():
                 self.train_step()
+                evaluates, saves = map(self._is_due, (self.config.eval.every_steps, self.config.checkpoint.every_steps))
+                if evaluates or saves:
+                    self._read_step()
                 with self.meter.paused():
-                    if self._is_due(self.config.eval.every_steps):
+                    if evaluates:
                         self.evaluate()
-                    if self._is_due(self.config.checkpoint.every_steps):
+                    if saves:
                         self.save()
                 if self._is_asked_to_stop() and self.state.step < self.num_steps:
                     self._stop()
+            self._read_step()
             if self.state.evaluated_step != self.state.step:
                 self.evaluate()
             self.save()
@@ -124,7 +146,7 @@ class TrainLoop:
             self._loader.shutdown(cancel_futures=True)
 
     def train_step(self) -> None:
-        """One optimizer step over one global batch."""
+        """One optimizer step over one global batch. What came of it is read when the device has the next one to do."""
         step = self.state.step + 1
         self._mark("loading a batch")
         micro_batches = self._batches_of(step)
@@ -136,20 +158,32 @@ class TrainLoop:
         loss_sum = self._forward_backward(step, micro_batches, num_trained)
         self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
-        self.watchdog.observe(step, result.grad_norm)
+        self._read_step()
+        self._unread = UnreadStep(step, loss_sum, result, lr, num_tokens, num_trained)
         self.state.step = step
+
+    def _read_step(self) -> None:
+        """Waits for the latest step that was not read yet, records it, and counts it if it was skipped.
+
+        Raises:
+            TrainingDiverged: too many were, in a row.
+        """
+        if self._unread is None:
+            return
+        unread, self._unread = self._unread, None
+        self.watchdog.observe(unread.step, unread.result.grad_norm)
         record = {
-            "step": step,
-            "loss": loss_sum.item() / max(1, num_trained),
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "tokens": num_tokens,
-            "trained_tokens": num_trained,
-            **self.meter.record(num_tokens, num_trained),
+            "step": unread.step,
+            "loss": unread.loss_sum.item() / max(1, unread.num_trained),
+            "lr": unread.lr,
+            "grad_norm": unread.result.grad_norm,
+            "tokens": unread.num_tokens,
+            "trained_tokens": unread.num_trained,
+            **self.meter.record(unread.num_tokens, unread.num_trained),
         }
         self.recorder.step(record)
-        if result.skipped:
-            self._count_skip(result.is_failure)
+        if unread.result.skipped:
+            self._count_skip(unread.step, unread.result.is_failure)
         else:
             self.state.failures_in_a_row = 0
 
@@ -278,8 +312,7 @@ class TrainLoop:
         self.recorder.event(self.state.step, "early_stop", text)
         return True
 
-    def _count_skip(self, is_failure: bool) -> None:
-        step = self.state.step
+    def _count_skip(self, step: int, is_failure: bool) -> None:
         if not is_failure:
             self.recorder.event(step, "loss_scale", f"step {step}: float16 overflow, loss scale lowered")
             return
@@ -303,6 +336,7 @@ class TrainLoop:
 
     def _stop(self) -> None:
         reason = self.stop.reason or "a signal to another process"
+        self._read_step()
         self.save()
         self._mark("waiting for the checkpoint before stopping")
         self.checkpoints.wait()

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import LlamaConfig
 
 from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
+from trainer.launchers import World
 from trainer.loss import PackedCausalLM
 from trainer.model import flash4
 from trainer.model.attention import (
@@ -40,7 +42,10 @@ from trainer.model.nf4 import FourBit, _dequantize_scales
 from trainer.model.quantized import QuantizedLinear, fingerprint
 from trainer.model.recompute import set_recompute
 from trainer.model.weights import build_on_meta, random_tensor
+from trainer.optim import build_optimizer
 from trainer.planning.levels import read_levels
+from trainer.processes import Processes
+from trainer.strategies.single import SingleProcess
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -273,6 +278,24 @@ def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recom
     found = gradient(model, torch.bfloat16, CUDA)
 
     assert relative_error(found, gradient(load_model(toy_recipe(**sections), CUDA).model, torch.float32, CUDA)) < 5e-2
+
+
+@pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}, QLORA], ids=["full", "lora", "qlora"])
+def test_a_step_does_not_wait_for_the_gpu(sections: dict[str, Any], toy_recipe: Recipe) -> None:
+    config = toy_recipe(model={"dtype": "bfloat16"}, **sections)
+    single = SingleProcess(Processes(World(), CUDA))
+    single.module = PackedCausalLM(load_model(config, CUDA).model, torch.bfloat16).train()
+    single.prepare(partial(build_optimizer, config.optim))
+    batch, norms = pack().to(CUDA), []
+    for mode in ("default", "error"):  # the first step compiles and allocates
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            single.forward_backward([batch, batch], 2 * batch.num_trained_tokens)
+            result = single.step(1e-3, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        norms.append(result.grad_norm)
+    assert norms[0] > 0 and norms[1] > 0
 
 
 @pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}], ids=["full", "lora"])

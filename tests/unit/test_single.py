@@ -1,5 +1,8 @@
 """The single-process strategy: clipping, skipped steps, and which overflows are float16's."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +36,10 @@ class Batch:
         return self
 
 
-def strategy(loss_scaling=False, optimizer=torch.optim.AdamW, offload=False):
+FUSED = partial(torch.optim.AdamW, fused=True)  # skips by itself
+
+
+def strategy(loss_scaling=False, optimizer=FUSED, offload=False):
     single = SingleProcess(ALONE, loss_scaling, offload)
     single.shard(Root())
     single.prepare(lambda named, _: optimizer([tensor for _, tensor in named], lr=0.0))
@@ -76,15 +82,34 @@ def test_the_norm_reported_is_before_clipping_and_the_step_after():
     assert (single.module.model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    single = strategy()
-    before = single.module.model.weight.clone()
-    single.forward_backward([BROKEN], num_trained_tokens=1)
-    result = single.step(lr=1.0, max_norm=None)
-    assert result.skipped and result.is_failure
-    assert torch.equal(single.module.model.weight, before)
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("optimizer", [FUSED, torch.optim.AdamW], ids=["fused", "plain"])
+def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, offload, max_norm):
+    single = strategy(optimizer=optimizer, offload=offload)
     single.forward_backward([ONES], num_trained_tokens=1)
-    assert not single.step(lr=1.0, max_norm=None).skipped
+    assert not single.step(lr=0.1, max_norm=max_norm).skipped
+    before = {name: tensor.clone() for name, tensor in single.state_dict().items()}
+    counts = [state["step"].item() for state in single.optimizer.state.values()]
+    single.forward_backward([BROKEN], num_trained_tokens=1)
+    result = single.step(lr=0.1, max_norm=max_norm)
+    assert result.skipped and result.is_failure and not math.isfinite(result.grad_norm)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in single.state_dict().items())
+    assert counts == [state["step"].item() for state in single.optimizer.state.values()] == [1.0]
+    single.forward_backward([ONES], num_trained_tokens=1)
+    assert not single.step(lr=0.1, max_norm=max_norm).skipped
+    assert not torch.equal(single.module.model.weight, before["model.weight"])
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+def test_a_fused_step_is_the_plain_one(loss_scaling):
+    fused, plain = strategy(loss_scaling), strategy(loss_scaling, torch.optim.AdamW)
+    plain.module.load_state_dict(fused.module.state_dict())
+    for max_norm in (None, 0.5, 100.0):
+        for single in (fused, plain):
+            single.forward_backward([ONES, ONES], num_trained_tokens=6)
+            single.step(lr=0.1, max_norm=max_norm)
+        torch.testing.assert_close(fused.module.model.weight, plain.module.model.weight)
 
 
 def test_float16_overflows_lower_the_scale_and_count_only_at_its_minimum():

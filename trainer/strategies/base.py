@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -35,19 +36,31 @@ class Checkpoint(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What became of one optimizer step.
+    """What became of one optimizer step; who asks waits for the device.
 
-    Attributes:
-        grad_norm: 2-norm of the whole gradient before clipping; NaN or Inf when the step was skipped.
-        skipped: the gradient was not finite, so nothing was changed.
-        is_failure: the skip is not a loss scaler finding its scale.
+    Args:
+        norm: 2-norm of the whole gradient before clipping; NaN or Inf where the step was skipped.
+        counts: a skip is not a loss scaler finding its scale.
     """
 
-    grad_norm: float
-    skipped: bool = False
-    is_failure: bool = False
+    def __init__(self, norm: float | torch.Tensor, counts: bool = True) -> None:
+        self._norm, self._counts = norm, counts
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """`norm`, on the host."""
+        return float(self._norm)
+
+    @property
+    def skipped(self) -> bool:
+        """The gradient was not finite, so nothing was changed."""
+        return not math.isfinite(self.grad_norm)
+
+    @property
+    def is_failure(self) -> bool:
+        """It was skipped for what the model computed."""
+        return self.skipped and self._counts
 
 
 BuildOptimizer = Callable[..., torch.optim.Optimizer]  # (named tensors, min_8bit_size), as `optim.build_optimizer`
@@ -121,7 +134,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def step(self, lr: float, max_norm: float | None) -> StepResult:
-        """Clips the gradient's norm to `max_norm`, steps the optimizer at `lr` and clears the gradients."""
+        """Clips the gradient's norm to `max_norm`, steps the optimizer at `lr` and clears the gradients.
+
+        Wherever the optimizer can skip a step by itself, the host does not wait for the device.
+        """
 
     @abstractmethod
     def discard_gradients(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,14 +73,18 @@ class SingleProcess(Strategy):
 
     def step(self, lr: float, max_norm: float | None) -> StepResult:
         grads = self._gradients()
-        norm = math.sqrt(self._square_sum(list(grads.values())).item()) / self.scaler.scale
-        skipped, at_minimum = not math.isfinite(norm), self.scaler.at_minimum
-        if not skipped:
-            clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
-            self._update(grads, lr, clip / self.scaler.scale)
+        norm = self._square_sum(list(grads.values())).sqrt() / self.scaler.scale
+        clip = torch.ones_like(norm) if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        result = StepResult(norm, counts=self.scaler.at_minimum)
+        if self.optimizer.defaults.get("fused"):
+            self._update_unless(~norm.isfinite(), grads, lr, clip * self.scaler.scale)
+        elif not result.skipped:
+            torch._foreach_div_(list(grads.values()), clip.item() * self.scaler.scale)
+            self._update(grads, lr)
         self.discard_gradients()
-        self.scaler.update(overflow=skipped)
-        return StepResult(norm, skipped, is_failure=skipped and at_minimum)
+        if self.scaler.enabled:
+            self.scaler.update(overflow=result.skipped)
+        return result
 
     def discard_gradients(self) -> None:
         for tensor in (*self._trained.values(), *self._masters.values()):
@@ -149,9 +153,20 @@ class SingleProcess(Strategy):
         grads = {name: self._trained[name].grad for name in self._masters}
         return {name: self._local(grad) for name, grad in grads.items() if grad is not None}
 
-    def _update(self, grads: dict[str, torch.Tensor], lr: float, factor: float) -> None:
-        if factor != 1.0:
-            torch._foreach_mul_(list(grads.values()), factor)
+    def _update_unless(
+        self, skip: torch.Tensor, grads: dict[str, torch.Tensor], lr: float, divisor: torch.Tensor
+    ) -> None:
+        """Updates by gradients over `divisor`, or changes nothing, without the host's having looked at either.
+
+        A fused kernel reads them on the device; this is how torch's GradScaler tells it of them.
+        """
+        optimizer: Any = self.optimizer
+        home = next((master.device for master in self._masters.values()), divisor.device)
+        optimizer.grad_scale, optimizer.found_inf = divisor.to(home), skip.float().to(home)
+        self._update(grads, lr)
+        optimizer.grad_scale = optimizer.found_inf = None
+
+    def _update(self, grads: dict[str, torch.Tensor], lr: float) -> None:
         for name, grad in grads.items():
             self._masters[name].grad = grad.to(self._masters[name].device)
         for group in self.optimizer.param_groups:

@@ -185,10 +185,10 @@ class Zero(Strategy):
         # Stages 1 and 2 look for overflows in float16 and float32 alone.
         if self.stage < 3 and not _is_norm(self._zero.scaled_global_norm()):
             self.discard_gradients()
-            return StepResult(math.nan, skipped=True, is_failure=True)
+            return StepResult(math.nan)
         self.engine.step()
         if not self.engine.was_step_applied():
-            return StepResult(math.nan, skipped=True, is_failure=True)
+            return StepResult(math.nan)
         return StepResult(float(self.engine.get_global_grad_norm()))
 
     def discard_gradients(self) -> None:
