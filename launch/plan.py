@@ -122,15 +122,29 @@ def _find_hardware(gpus: int | None, gpu_memory: float | None, name: str | None)
     return find_gpu(), gpus or 1, ", as no GPU is here and none was named (--gpus 4 --gpu-memory 80, or --gpu A100)"
 
 
+def _check_gpu(config: RunConfig, gpu: Gpu) -> None:
+    """Refuses what a training on `gpu` would."""
+    from trainer.planning.hardware import ADA, GPUS, HOPPER
+
+    wishes = (
+        ("train.float8", "true", config.train.float8, ADA),
+        ("model.attention", "flash4", config.model.attention == "flash4", HOPPER),
+    )
+    for field, value, is_asked, least in wishes:
+        if is_asked and gpu.capability < least:
+            able = ", ".join(known.name for known in GPUS if known.capability >= least)
+            raise UserError(field, f"{value} on {gpu.name}", able, "leave it out, or name another --gpu")
+    if config.train.float8 and config.compute_dtype != "bfloat16":
+        fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
+        raise UserError("train.float8", f"true in {config.compute_dtype}", "bfloat16 on GPUs", fix)
+
+
 def _job(config: RunConfig, gpu: Gpu, number: int, facts: DataFacts | None) -> Job:
     from trainer.model.folder import read_sizes
-    from trainer.planning.hardware import GPUS
     from trainer.planning.job import Job
     from trainer.planning.shape import ModelShape
 
-    if config.train.float8 and not gpu.float8:
-        able = ", ".join(known.name for known in GPUS if known.float8)
-        raise UserError("train.float8", f"true on {gpu.name}", able, "set it to false, or name another --gpu")
+    _check_gpu(config, gpu)
     try:
         shape = ModelShape.build(read_sizes(config.model))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -390,6 +390,14 @@ def test_half_precision_follows_float32(toy_recipe, tmp_path, dtype):
     assert half == pytest.approx(single, rel=0.05)
 
 
+def test_attention_that_the_device_lacks_is_refused_before_data_are_read(toy_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.model.flash4.is_installed", lambda: False)
+    data = {"train": [{"path": str(tmp_path / "missing.jsonl"), "format": "messages"}]}
+    config = toy_recipe(model={"attention": "flash4", "dtype": "bfloat16"}, data=data)
+    with pytest.raises(UserError, match=r"model\.attention: flash4"):
+        train(config, tmp_path / "run")
+
+
 def test_a_resumed_run_refuses_another_recipe_and_names_what_changed(toy_recipe, tmp_path):
     run = train(toy_recipe(adapter=LORA), tmp_path / "run")
     before = run.recipe.read_text()
