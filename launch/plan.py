@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 MILLION = 10**6
 ELSEWHERE = ((1, 24), (1, 48), (1, 80), (1, 141), (4, 24), (4, 48), (4, 80), (8, 80), (4, 141), (8, 141))
+SHOWN_AS = {"traffic": "memory traffic", "small": "small kernels and launches"}
 PARTS = ("weights", "optimizer", "gradients", "gathered", "activations", "working")
 
 
@@ -119,7 +120,8 @@ def _find_hardware(gpus: int | None, gpu_memory: float | None, name: str | None)
         return find_gpu(name, gpu_memory), gpus or 1, ""
     if here := read_gpu(os.environ):
         return here[0], gpus or here[1], " of this host"
-    return find_gpu(), gpus or 1, ", as no GPU is here and none was named (--gpus 4 --gpu-memory 80, or --gpu A100)"
+    why = ", as no GPU is here and none was named (--gpu A100, or --gpus 4 --gpu-memory 80)"
+    return find_gpu(), gpus or 1, why + "; packtrain train rehearses on the CPU here"
 
 
 def _check_gpu(config: RunConfig, gpu: Gpu) -> None:
@@ -240,13 +242,14 @@ def _print(report: Report) -> None:
 
 def _facts_table(report: Report) -> Any:
     from launch.tables import as_texts, new_table
+    from slurm.status import duration
     from trainer.planning.host import predict_disk, predict_host
 
     job, chosen = report.job, report.chosen
     host, disk = predict_host(job, chosen.setting.kind, chosen.setting), predict_disk(job)
     rate = chosen.step.tokens_per_second
     tokens = _run_tokens(report)
-    whole = f"{_hours(report, tokens or MILLION):,.2f} h for {tokens or MILLION:,.0f} tokens"
+    whole = f"{duration(3600 * _hours(report, tokens or MILLION))} for {tokens or MILLION:,.0f} tokens"
     table = new_table("", "", has_header=False)
     rows = {
         "strategy": chosen.setting.kind,
@@ -259,7 +262,7 @@ def _facts_table(report: Report) -> Any:
         "disk": f"{disk.total / GIB:.1f} GiB ({disk.checkpoints / GIB:.1f} of checkpoints)",
         "speed": f"{rate:,.0f} tok/s a GPU, {rate * job.num_gpus:,.0f} in all",
         "time": whole if tokens else f"{whole} (how many the data hold, packtrain preprocess finds out)",
-        "goes into": ", ".join(f"{name} {share:.0%}" for name, share in _shares(chosen)),
+        "goes into": ", ".join(f"{SHOWN_AS.get(name, name)} {share:.0%}" for name, share in _shares(chosen)),
     }
     for row in rows.items():
         table.add_row(*as_texts(row))

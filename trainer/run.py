@@ -330,17 +330,17 @@ def _announce(
         before = read_manifest(run.step_dir(resumed))
         saved_by = _on(before["strategy"]["kind"], before["world_size"])
         recorder.event(resumed, "resume", f"resumed at step {resumed} of {num_steps}, saved by {saved_by}")
-    several = ""
-    if (world_size := strategy.processes.world_size) > 1:
-        rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
-        several = f", {_on(strategy.name, world_size)}{rehearsal}"
-    emulated = " emulated on the CPU" if strategy.device.type == "cpu" else ""
+    on_cpu = strategy.device.type == "cpu"
+    world_size = strategy.processes.world_size
+    processes = f", {_on(strategy.name, world_size)}" if world_size > 1 else ""
+    processes += (" on the CPU, as a rehearsal" if processes else ", on the CPU") if on_cpu else ""
+    emulated = " emulated on the CPU" if on_cpu else ""
     matmuls = f", float8 matmuls{emulated}" if config.train.float8 else ""
     keeps_them = {"none", "norms"}.intersection(sizes.setting.levels.counts)
     kept = ", gate and up kept in float8" if config.train.keep_in_float8 and keeps_them else ""
     kept += ", activations in host memory" if config.train.offload_activations else ""
     predicted = sizes.prediction if strategy.device.type == "cuda" else {}
-    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{several}", **predicted)
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{processes}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:
