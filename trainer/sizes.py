@@ -180,8 +180,8 @@ def _too_large(setting: Setting, needed: float, total: float, config: RunConfig)
     ways = ", ".join(smaller_weights(config))
     return UserError(
         "train.micro_batch",
-        f"the leanest setting, a {setting}, takes some {needed / GIB:.1f} GiB with CUDA, buffers and a margin, and this "
-        f"GPU has {total / GIB:.1f}",
+        f"the leanest setting, a {setting}, takes some {needed / GIB:.1f} GiB with CUDA, buffers and a margin, "
+        f"and this GPU has {total / GIB:.1f}",
         fix=f"{ways}, or lower data.pack_length; packtrain plan says what would fit",
     )
 
