@@ -334,8 +334,8 @@ def _announce(
     world_size = strategy.processes.world_size
     processes = f", {_on(strategy.name, world_size)}" if world_size > 1 else ""
     processes += (" on the CPU, as a rehearsal" if processes else ", on the CPU") if on_cpu else ""
-    emulated = " emulated on the CPU" if on_cpu else ""
-    matmuls = f", float8 matmuls{emulated}" if config.train.float8 else ""
+    emulated = "emulated " if on_cpu else ""
+    matmuls = f", {emulated}float8 matmuls" if config.train.float8 else ""
     keeps_them = {"none", "norms"}.intersection(sizes.setting.levels.counts)
     kept = ", gate and up kept in float8" if config.train.keep_in_float8 and keeps_them else ""
     kept += ", activations in host memory" if config.train.offload_activations else ""
