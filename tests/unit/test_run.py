@@ -194,7 +194,7 @@ def test_a_resumed_run_recomputes_as_asked_now(toy_recipe, tmp_path):
     run = train(toy_recipe(**sections("auto")), tmp_path / "run")
     train(toy_recipe(**sections("full")), run.path)
     texts = [r["text"] for r in records(run, "event") if r["event"] == "micro_batch"]
-    assert [text.endswith("recompute full") for text in texts] == [False, True]
+    assert ["recompute full" in text for text in texts] == [False, True]
 
 
 def test_a_run_goes_on_with_its_activations_in_host_memory(toy_recipe, tmp_path):
