@@ -109,8 +109,11 @@ def _run(tokens: list[str]) -> None:
     try:
         command, bound, not_parsed = build_app(chosen).parse_args(tokens, exit_on_error=False)
     except UnknownOptionError as error:
+        option = error.token.keyword or error.token.value
         if chosen in TAKE_OVERRIDES:
-            _name_field(error.token.keyword or error.token.value)
+            _name_field(option)
+        if chosen == "serve":
+            _name_place(option)
         raise
     injected = {"overrides": overrides} if "overrides" in not_parsed else {}
     command(*bound.args, **bound.kwargs, **injected)
@@ -122,6 +125,16 @@ def _name_field(option: str) -> None:
 
     if nearest := nearest_field((option.lstrip("-").partition("=")[0],)):
         print(f"A recipe's field is named in full, such as --{nearest}", file=sys.stderr)
+
+
+def _name_place(option: str) -> None:
+    """Where an option of vLLM's was given to `serve` itself, says where it goes."""
+    from launch.serve import OWN_OPTIONS
+
+    if instead := OWN_OPTIONS.get(option.replace("_", "-")):
+        print(f"What vLLM calls {option}, {instead} sets here", file=sys.stderr)
+    else:
+        print(f"vLLM's own options go after --: packtrain serve DIR -- {option} ...", file=sys.stderr)
 
 
 def _show_own_log() -> None:

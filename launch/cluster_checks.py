@@ -13,6 +13,7 @@ from trainer.config import SlurmConfig
 from trainer.errors import PacktrainError
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol")
+NO_CLUSTER = "Could not establish a configuration source"  # neither slurm.conf nor a server that gives it
 LEAST_GRACE = 30  # seconds; a checkpoint of an adapter takes some, one of a full fine-tune more
 SECONDS_TO_PLACE = 30.0
 
@@ -42,6 +43,9 @@ class ClusterChecks:
             self._config = read_config()
             self.facts = read_cluster()
         except SlurmError as error:
+            if self.profile is None and NO_CLUSTER in error.stderr:
+                found = "its commands are installed, and know of no cluster: runs are local (packtrain train)"
+                return [Check("SLURM", "not here", found)]
             fix = "wait, or ask the cluster's administrators; scontrol ping tells which daemon is down"
             return [Check("SLURM", "failed", str(error), fix)]
         version, name = self._config.get("SLURM_VERSION", "?"), self._config.get("ClusterName", "?")

@@ -30,7 +30,8 @@ MOST_FEATURES = 6  # of a partition that are listed
 def doctor(*, cluster: Path | None = None, json: bool = False) -> None:
     """Check this host, its environment and its SLURM cluster; say how to mend what fails.
 
-    What a host may lack, such as a GPU on a login node, is no failure. Exit status 1: something failed.
+    What a host may lack, such as a GPU on a login node or a cluster for a workstation, is no failure. Exit status 1:
+    something failed; 0: nothing did, whatever warnings there are.
 
     Args:
         cluster: a cluster's profile, to be checked too; default: as for submit.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.answering import Answerer
 
 LOWEST_TEMPERATURE = 0.001  # logits divided by much less are no longer finite
 SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
@@ -28,6 +32,9 @@ SAMPLING: dict[str, tuple[type | UnionType, Callable[[Any], bool], str]] = {
 }
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 Engine = Literal["auto", "vllm", "transformers"]
+Request = tuple[str, dict[str, Any]]  # where it was given, such as prompts.jsonl:3; prompt or messages, and settings
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -49,7 +56,8 @@ def generate(
         folder: run dir, merged or plain model, or adapter folder.
         prompt: a user's text; may be given several times.
         prompts: a .txt file with one prompt a line, or .jsonl with objects {"prompt": ...} or {"messages": [...]} that
-            may carry max_new_tokens, temperature, top_p and num_beams of their own.
+            may carry max_new_tokens, temperature, top_p and num_beams of their own. An answer that messages end with
+            is not shown to the model; --out has it as "reference".
         max_new_tokens: longest answer, in tokens.
         temperature: 0 always takes the likeliest token.
         top_p: share of probability that sampling draws from.
@@ -66,16 +74,16 @@ def generate(
         "num_beams": num_beams,
     }
     _check_sampling(defaults)
-    requests: list[dict[str, Any]] = [{"prompt": text, **defaults} for text in prompt or []]
+    requests: list[Request] = [("--prompt", {"prompt": text, **defaults}) for text in prompt or []]
     for request in requests:
-        _check_conversation("--prompt", request)
-    requests += [{**defaults, **request} for request in (_read_prompts(prompts) if prompts else [])]
+        _check_conversation(*request)
+    requests += [(where, {**defaults, **request}) for where, request in (_read_prompts(prompts) if prompts else [])]
     if not requests:
         raise UserError("--prompt", "no prompt is given", "--prompt TEXT (any number) or --prompts FILE")
     if out and out.exists():
         raise UserError("--out", f"{out} exists", "a file that does not exist yet", "remove it or name another")
     answers = _answer(folder, requests, seed, engine)
-    records = [{**request, "answer": answer} for request, answer in zip(requests, answers, strict=True)]
+    records = [{**request, "answer": answer} for (_, request), answer in zip(requests, answers, strict=True)]
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
@@ -142,28 +150,35 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(folder: Path, requests: list[dict[str, Any]], seed: int, engine: Engine) -> list[str]:
+def _answer(folder: Path, requests: list[Request], seed: int, engine: Engine) -> list[str]:
     """Answers in the order of `requests`; those with equal settings share batches."""
     from trainer.answering import load_answerer
 
-    beams = any(request["num_beams"] > 1 for request in requests)
+    beams = any(request["num_beams"] > 1 for _, request in requests)
     loaded = load_answerer(folder, engine, seed, beams=beams)
+    ids = [_render(loaded, *request) for request in requests]
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
-    for index, request in enumerate(requests):
+    for index, (_, request) in enumerate(requests):
         groups.setdefault(tuple(sorted((k, request[k]) for k in SAMPLING)), []).append(index)
     answers = [""] * len(requests)
     for settings, members in groups.items():
-        ids = [loaded.prompt_ids(requests[i].get("messages") or requests[i]["prompt"]) for i in members]
-        for index, answer in zip(members, loaded.answer(ids, **dict(settings)), strict=True):
+        for index, answer in zip(members, loaded.answer([ids[i] for i in members], **dict(settings)), strict=True):
             answers[index] = answer
     return answers
 
 
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
+def _render(loaded: Answerer, where: str, request: dict[str, Any]) -> list[int]:
+    try:
+        return loaded.prompt_ids(request.get("messages") or request["prompt"])
+    except UserError as error:  # which does not know the line
+        raise UserError(where, error.found, error.allowed, error.fix) from error
+
+
+def _read_prompts(path: Path) -> list[Request]:
     """Requests of a .txt or .jsonl file.
 
     Raises:
-        UserError: a line that is no request, with its number.
+        UserError: a line that is no request, with its number; no line.
     """
     if not path.is_file():
         raise UserError("--prompts", f"{path} is no file", "a .txt or .jsonl file")
@@ -175,22 +190,39 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
         raise UserError("--prompts", f"{path} is no text: {error}", "a .txt or .jsonl file in UTF-8") from error
     # Not splitlines: it also splits at characters that JSON lets stand inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError("--prompts", f"{path} has no prompt in it", "a prompt a line")
     if path.suffix != ".jsonl":
-        return [{"prompt": line.rstrip("\r")} for _, line in lines]
-    return [_parse_request(f"{path}:{number}", line) for number, line in lines]
+        return [(f"{path}:{number}", {"prompt": line.rstrip("\r")}) for number, line in lines]
+    requests = [(where, _parse_request(where, line)) for where, line in ((f"{path}:{n}", line) for n, line in lines)]
+    if answered := sum("reference" in request for _, request in requests):
+        logger.info("%s: %d of %d end with an answer, which the model is not shown", path, answered, len(requests))
+    return requests
 
 
 def _parse_request(where: str, line: str) -> dict[str, Any]:
-    allowed = {"prompt", "messages"} | set(SAMPLING)
     try:
         request = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(where, f"not JSON: {error}", 'one object a line, {"prompt": "..."}') from error
-    if not isinstance(request, dict) or len({"prompt", "messages"} & set(request)) != 1 or set(request) - allowed:
-        raise UserError(where, line.strip()[:200], f"prompt or messages, and any of {', '.join(SAMPLING)}")
+    allowed = f"prompt or messages, and any of {', '.join(SAMPLING)}"
+    if not isinstance(request, dict) or len({"prompt", "messages"} & set(request)) != 1:
+        raise UserError(where, line.strip()[:200], allowed)
+    if unknown := sorted(set(request) - {"prompt", "messages", *SAMPLING}):
+        raise UserError(where, f"unknown key {unknown[0]!r}", allowed)
     _check_conversation(where, request)
     _check_sampling(request, f"{where}: ")
-    return request
+    return _without_answer(where, request)
+
+
+def _without_answer(where: str, request: dict[str, Any]) -> dict[str, Any]:
+    """A conversation that ends with an answer, such as a row trained on, is asked up to it."""
+    messages = request.get("messages", [])
+    if not messages or messages[-1]["role"] != "assistant":
+        return request
+    if len(messages) == 1:
+        raise UserError(where, "an answer without a question", "messages that end with the user's")
+    return {**request, "messages": messages[:-1], "reference": messages[-1].get("content")}
 
 
 def _check_sampling(settings: dict[str, Any], where: str = "--") -> None:

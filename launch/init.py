@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -70,6 +72,21 @@ def init(
             "--out", f"{out} exists", "a file that does not exist yet", "remove it or name another"
         ) from error
     print(f"wrote {out}")
+    for note in _missing(model, data):
+        print(note, file=sys.stderr)
+
+
+def _missing(model: str, data: str) -> Iterator[str]:
+    """What a training here would not find, or would look for on the hub; the recipe may be for another host."""
+    from trainer.data.sources import looks_local
+
+    for option, path, kind in (("--model", model, "folder"), ("--data", data, "file or folder")):
+        if glob.glob(str(Path(path).expanduser())):
+            continue
+        if looks_local(path) or glob.has_magic(path):
+            yield f"{option}: no {kind} {path} is here (relative paths are from the folder packtrain is called in)"
+        else:
+            yield f"{option}: {path} is taken for an id on the hub, as no such {kind} is here"
 
 
 def _one_line(text: str) -> str:
@@ -105,7 +122,7 @@ def _fields(
             "template": "alpaca" if format == "alpaca" else "tokenizer",
             "train_on": "all" if format == "text" else "assistant",
             "split": {"validation": 0.02},
-            "pack_length": 2048 if gpu_memory and gpu_memory < 24 else 4096,
+            "pack_length": min(2048 if gpu_memory and gpu_memory < 24 else 4096, _num_positions(model)),
         },
         "optim": {"name": "adamw", "lr": 2.0e-5 if method == "full" else 2.0e-4, "max_grad_norm": 1.0},
         "train": {"epochs": 1.0, "global_batch": {"tokens": 65536}},
@@ -182,6 +199,15 @@ def _find_shape(model: ModelConfig) -> ModelShape | None:
         return None
     shapes = [ModelShape.build(sizes) for sizes in SHAPES.values()]
     return min(shapes, key=lambda shape: abs(shape.weights - float(said[1]) * 1e9))
+
+
+def _num_positions(model: str) -> int:
+    """Of a model that is here or known; as many as anybody could ask for of another."""
+    from trainer.model.folder import read_sizes
+    from trainer.model.shapes import published_shape
+
+    known = published_shape(model) or Path(model).expanduser().is_dir()
+    return (read_sizes(ModelConfig(path=model)) if known else {}).get("max_position_embeddings") or sys.maxsize
 
 
 def _too_small(fields: dict[str, Any], method: str, gpu_memory: float, fitting: list[str]) -> UserError:

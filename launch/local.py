@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -11,10 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from trainer.children import die_with
 from trainer.errors import EXIT_DONE, EXIT_FAILURE, EXIT_TO_BE_RESUMED, EXIT_USER_ERROR, PacktrainError
 from trainer.launchers import LOOPBACK
 
@@ -28,7 +28,6 @@ POLL_SECONDS = 0.05
 LINES_SHOWN, TAIL_BYTES = 15, 1 << 14
 INTERRUPTED = {-signal.SIGINT, 128 + signal.SIGINT}
 SHOW_CURSOR = "\x1b[?25h"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Rank:
@@ -217,18 +216,6 @@ def received_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def die_with(parent: int, number: int = signal.SIGKILL) -> Callable[[], None]:
-    """For a child before it becomes the command: the kernel sends it `number` when the launcher dies, in any way."""
-    libc = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it died before it was asked for
-            os._exit(EXIT_FAILURE)
-
-    return prepare
 
 
 def _free_port() -> int:

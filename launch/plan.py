@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 MILLION = 10**6
 ELSEWHERE = ((1, 24), (1, 48), (1, 80), (1, 141), (4, 24), (4, 48), (4, 80), (8, 80), (4, 141), (8, 141))
+SHOWN_AS = {"traffic": "memory traffic", "small": "small kernels and launches"}
 PARTS = ("weights", "optimizer", "gradients", "gathered", "activations", "working")
 
 
@@ -119,18 +120,33 @@ def _find_hardware(gpus: int | None, gpu_memory: float | None, name: str | None)
         return find_gpu(name, gpu_memory), gpus or 1, ""
     if here := read_gpu(os.environ):
         return here[0], gpus or here[1], " of this host"
-    return find_gpu(), gpus or 1, ", as no GPU is here and none was named (--gpus 4 --gpu-memory 80, or --gpu A100)"
+    why = ", as no GPU is here and none was named (--gpu A100, or --gpus 4 --gpu-memory 80)"
+    return find_gpu(), gpus or 1, why + "; packtrain train rehearses on the CPU here"
+
+
+def _check_gpu(config: RunConfig, gpu: Gpu) -> None:
+    """Refuses what a training on `gpu` would."""
+    from trainer.planning.hardware import ADA, GPUS, HOPPER
+
+    wishes = (
+        ("train.float8", "true", config.train.float8, ADA),
+        ("model.attention", "flash4", config.model.attention == "flash4", HOPPER),
+    )
+    for field, value, is_asked, least in wishes:
+        if is_asked and gpu.capability < least:
+            able = ", ".join(known.name for known in GPUS if known.capability >= least)
+            raise UserError(field, f"{value} on {gpu.name}", able, "leave it out, or name another --gpu")
+    if config.train.float8 and config.compute_dtype != "bfloat16":
+        fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
+        raise UserError("train.float8", f"true in {config.compute_dtype}", "bfloat16 on GPUs", fix)
 
 
 def _job(config: RunConfig, gpu: Gpu, number: int, facts: DataFacts | None) -> Job:
     from trainer.model.folder import read_sizes
-    from trainer.planning.hardware import GPUS
     from trainer.planning.job import Job
     from trainer.planning.shape import ModelShape
 
-    if config.train.float8 and not gpu.float8:
-        able = ", ".join(known.name for known in GPUS if known.float8)
-        raise UserError("train.float8", f"true on {gpu.name}", able, "set it to false, or name another --gpu")
+    _check_gpu(config, gpu)
     try:
         shape = ModelShape.build(read_sizes(config.model))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -226,13 +242,14 @@ def _print(report: Report) -> None:
 
 def _facts_table(report: Report) -> Any:
     from launch.tables import as_texts, new_table
+    from slurm.status import duration
     from trainer.planning.host import predict_disk, predict_host
 
     job, chosen = report.job, report.chosen
     host, disk = predict_host(job, chosen.setting.kind, chosen.setting), predict_disk(job)
     rate = chosen.step.tokens_per_second
     tokens = _run_tokens(report)
-    whole = f"{_hours(report, tokens or MILLION):,.2f} h for {tokens or MILLION:,.0f} tokens"
+    whole = f"{duration(3600 * _hours(report, tokens or MILLION))} for {tokens or MILLION:,.0f} tokens"
     table = new_table("", "", has_header=False)
     rows = {
         "strategy": chosen.setting.kind,
@@ -245,7 +262,7 @@ def _facts_table(report: Report) -> Any:
         "disk": f"{disk.total / GIB:.1f} GiB ({disk.checkpoints / GIB:.1f} of checkpoints)",
         "speed": f"{rate:,.0f} tok/s a GPU, {rate * job.num_gpus:,.0f} in all",
         "time": whole if tokens else f"{whole} (how many the data hold, packtrain preprocess finds out)",
-        "goes into": ", ".join(f"{name} {share:.0%}" for name, share in _shares(chosen)),
+        "goes into": ", ".join(f"{SHOWN_AS.get(name, name)} {share:.0%}" for name, share in _shares(chosen)),
     }
     for row in rows.items():
         table.add_row(*as_texts(row))

@@ -164,11 +164,14 @@ def _send(files: Sequence[PushedFile], repo: str, public: bool) -> str:
     """Commits and compares; gives the commit's address.
 
     Raises:
-        UserError: the Hub refuses it, or the repository is public and was not to be.
+        UserError: there is no token, the Hub refuses it, or the repository is public and was not to be.
         PacktrainError: the Hub cannot be reached, or has other bytes afterwards.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+    if get_token() is None:
+        fix = "`hf auth login`, or export HF_TOKEN=hf_... of an account that may write there"
+        raise UserError("HF_TOKEN", f"no token to write to {repo} with: not set, and none is kept", fix=fix)
     api = HfApi()
     try:
         old = _prepare_repo(api, repo, public)

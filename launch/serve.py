@@ -78,12 +78,19 @@ def serve(
     from trainer.servable import describe_servable, is_built_for_cpus
 
     _check_passed_on(vllm_options)
+    if name is not None and not name.strip():
+        raise UserError(
+            "--name", f"found {name!r}", "a name for requests", "leave it out for the run's or the folder's"
+        )
     variable, key = _api_key(os.environ)
     _check_host(host, key)
     result = _find_served(folder)
     if name is None:
         name = (result.run_dir.path if result.run_dir else result.folder).resolve().name
     servable = describe_servable(result)
+    if max_length and max_length > servable.longest:
+        fix = "leave it out for all that the model has"
+        raise UserError("--max-length", f"{max_length} tokens", f"at most the model's {servable.longest}", fix)
     num_gpus = choose_num_gpus(servable.shape, gpus, count_gpus(os.environ))
     command = ["vllm", "serve", servable.model, *serving_options(servable, name, max_length)]
     command += ["--tensor-parallel-size", str(num_gpus), "--host", host, "--port", str(port), *vllm_options]

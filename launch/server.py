@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from launch.local import LINES_SHOWN, POLL_SECONDS, die_with, how_it_ended
+from launch.local import LINES_SHOWN, POLL_SECONDS, how_it_ended
+from trainer.children import die_with
 from trainer.errors import PacktrainError, first_error
 
 SECONDS_TO_STOP = 30.0  # between the request to end and the end of patience

@@ -43,7 +43,8 @@ def broken_rules(config: RunConfig) -> list[str]:
             f"train.micro_batch is {config.train.micro_batch}, train.global_batch only {config.packs_per_step} packs; "
             "lower micro_batch or raise global_batch"
         )
-    broken += _path_rules(config) + _float8_rules(config) + _strategy_rules(config) + _slurm_rules(config)
+    broken += _path_rules(config) + _attention_rules(config) + _float8_rules(config)
+    broken += _strategy_rules(config) + _slurm_rules(config)
     if config.export.merge and not config.adapter:
         broken.append("export.merge needs an adapter; a full fine-tune is whole as it is. Set it to false")
     if not config.data.packing and config.train.global_batch.tokens is not None:
@@ -73,6 +74,18 @@ def _path_rules(config: RunConfig) -> list[str]:
         for field, path in paths.items()
         if path and is_address(path)
     ]
+
+
+def _attention_rules(config: RunConfig) -> list[str]:
+    attention = config.model.attention
+    if attention not in ("flash4", "varlen"):
+        return []
+    field = "quantization.compute_dtype" if config.quantization else "model.dtype"
+    obstacles = {
+        f"is for 16 bit, and {field} is float32. Set that to bfloat16": config.compute_dtype == "float32",
+        "is for GPUs, and train.device is cpu. Leave that out": config.train.device == "cpu",
+    }
+    return [f"model.attention: {attention} {text}, or take auto" for text, is_there in obstacles.items() if is_there]
 
 
 def _float8_rules(config: RunConfig) -> list[str]:

@@ -308,7 +308,7 @@ def _tally_answers(
     template = load_template(config.data.template, loaded.tokenizer)
     prompts = [render_prompt(example, template, loaded.tokenizer) for example in examples]
     # The longest reference, its stop token and one more: an answer that goes on is wrong anyhow.
-    ids = loaded.tokenizer([text.strip() for text in references], add_special_tokens=False)["input_ids"]
+    ids = loaded.tokenizer([text.strip() for text in references], add_special_tokens=False, verbose=False)["input_ids"]
     answers = loaded.answer(prompts, max(map(len, ids)) + 2)
     for example, answer, reference in zip(examples, answers, references, strict=True):
         found = _Tally(answered=1, equal=is_equal(answer, reference), f1=word_f1(answer, reference))

@@ -38,10 +38,10 @@ from trainer.metrics.meters import ThroughputMeter, device_peak_flops, flops_per
 from trainer.metrics.progress import Progress
 from trainer.metrics.recorder import Recorder, Silence
 from trainer.metrics.trackers import MetricsLog, Trackers, check_trackers
-from trainer.model.attention import agree_on_attention
+from trainer.model.attention import agree_on_attention, check_attention
 from trainer.model.load import BuiltModel, build_model, load_weights
 from trainer.model.quantized import fingerprint
-from trainer.model.recompute import set_computation, set_recompute
+from trainer.model.recompute import check_float8, set_computation, set_recompute
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim import build_optimizer
 from trainer.planner import smaller_weights
@@ -112,6 +112,9 @@ def _train_together(
     check_hosts(processes, partial(watchdog.mark, 0))
     check_same_everywhere(processes, versions())
     check_trackers(config.tracking)
+    check_attention(config.model.attention, config.compute_dtype, processes.device)
+    if config.train.float8:
+        check_float8(processes.device, config.compute_dtype)
     check_recipe_unchanged(run, config)
     if processes.is_first:
         with watchdog.alone("looking for another trainer of this run"), stop.cut_short():
@@ -327,16 +330,17 @@ def _announce(
         before = read_manifest(run.step_dir(resumed))
         saved_by = _on(before["strategy"]["kind"], before["world_size"])
         recorder.event(resumed, "resume", f"resumed at step {resumed} of {num_steps}, saved by {saved_by}")
-    several = ""
-    if (world_size := strategy.processes.world_size) > 1:
-        rehearsal = " on the CPU, as a rehearsal" if strategy.device.type == "cpu" else ""
-        several = f", {_on(strategy.name, world_size)}{rehearsal}"
-    matmuls = ", float8 matmuls" if config.train.float8 else ""
+    on_cpu = strategy.device.type == "cpu"
+    world_size = strategy.processes.world_size
+    processes = f", {_on(strategy.name, world_size)}" if world_size > 1 else ""
+    processes += (" on the CPU, as a rehearsal" if processes else ", on the CPU") if on_cpu else ""
+    emulated = "emulated " if on_cpu else ""
+    matmuls = f", {emulated}float8 matmuls" if config.train.float8 else ""
     keeps_them = {"none", "norms"}.intersection(sizes.setting.levels.counts)
     kept = ", gate and up kept in float8" if config.train.keep_in_float8 and keeps_them else ""
     kept += ", activations in host memory" if config.train.offload_activations else ""
     predicted = sizes.prediction if strategy.device.type == "cuda" else {}
-    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{several}", **predicted)
+    recorder.event(resumed or 0, "micro_batch", f"{sizes.setting}{matmuls}{kept}{processes}", **predicted)
 
 
 def _on(kind: str, world_size: int) -> str:

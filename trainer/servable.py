@@ -81,6 +81,16 @@ class Servable:
         return self.shape.get("max_position_embeddings") or LLAMAS_POSITIONS
 
     @property
+    def longest(self) -> int:
+        """The most that vLLM may be told: `max_length`, times what rotary positions are scaled by.
+
+        As ``vllm/config/model.py`` has it, where some kinds of scaling are counted in `max_length` already.
+        """
+        rope = self.shape.get("rope_parameters") or self.shape.get("rope_scaling") or {}
+        is_counted = (rope.get("rope_type") or rope.get("type")) in ("llama3", "longrope", "su")
+        return int(self.max_length * (1.0 if is_counted else rope.get("factor") or 1.0))
+
+    @property
     def tokenizer_source(self) -> ModelConfig:
         """The tokenizer, as `load_tokenizer` takes it."""
         return ModelConfig(path=self.tokenizer, revision=self.revision if self.tokenizer == self.model else None)

@@ -133,13 +133,13 @@ class Sizes:
             setting, predicted = self.setting, self._current.memory.peak
             measured = _measure(strategy, packs, packs_each, setting.micro_batch * config.data.pack_length)
             measured += chunk_bytes(getattr(torch, config.compute_dtype), strategy.device)
-            excess = needed_bytes(measured, setting.kind) - total
-            text = "%s: predicted %.1f GiB, measured %.1f, of %.0f"
-            logger.info(text, setting, *(size / GIB for size in (predicted, measured, total)))
-            if excess <= 0:
+            needed = needed_bytes(measured, setting.kind)
+            text = "%s: predicted %.1f GiB, measured %.1f; with CUDA, buffers and a margin %.1f of %.1f"
+            logger.info(text, setting, *(size / GIB for size in (predicted, measured, needed, total)))
+            if needed <= total:
                 return
-            if (leaner := self._leaner_than(predicted - excess)) is None:
-                raise _too_large(setting, measured, total, config)
+            if (leaner := self._leaner_than(predicted - (needed - total))) is None:
+                raise _too_large(setting, needed, total, config)
             self._take(leaner)
 
     def back_off(self, found: float) -> str | None:
@@ -176,11 +176,12 @@ class Sizes:
         self._set_levels(candidate.setting.levels)
 
 
-def _too_large(setting: Setting, measured: float, total: float, config: RunConfig) -> UserError:
+def _too_large(setting: Setting, needed: float, total: float, config: RunConfig) -> UserError:
     ways = ", ".join(smaller_weights(config))
     return UserError(
         "train.micro_batch",
-        f"{setting} takes some {measured / GIB:.1f} GiB, and this GPU has {total / GIB:.1f}",
+        f"the leanest setting, a {setting}, takes some {needed / GIB:.1f} GiB with CUDA, buffers and a margin, "
+        f"and this GPU has {total / GIB:.1f}",
         fix=f"{ways}, or lower data.pack_length; packtrain plan says what would fit",
     )
 

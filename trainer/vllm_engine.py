@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +31,10 @@ SHARE_OF_FREE_MEMORY = 0.9
 MOST_WEIGHTS = 0.6  # of a GPU's free memory; the rest is for the KV cache and what is computed
 
 
+class _Stop(BaseException):
+    """A signal that asked to end; nothing of vLLM's catches it."""
+
+
 class VLLMEngine:
     """One loaded model; prompts and answers are token ids.
 
@@ -37,6 +44,7 @@ class VLLMEngine:
 
     Raises:
         PacktrainError: vLLM cannot load it.
+        KeyboardInterrupt: Ctrl-C while it starts. SystemExit: SIGTERM then. Its processes have ended.
     """
 
     def __init__(self, servable: Servable, max_length: int | None = None, seed: int = 0) -> None:
@@ -48,15 +56,16 @@ class VLLMEngine:
         if servable.generation_config:
             settings["generation_config"] = servable.generation_config
         try:
-            self._llm = LLM(
-                model=servable.model,
-                tokenizer=servable.tokenizer,
-                dtype=servable.dtype,
-                max_model_len=min(max_length, servable.max_length) if max_length else -1,
-                enforce_eager=True,  # half a minute sooner; a command answers few prompts
-                **_memory_settings(servable),
-                **settings,
-            )
+            with _stopped_by_signals():
+                self._llm = LLM(
+                    model=servable.model,
+                    tokenizer=servable.tokenizer,
+                    dtype=servable.dtype,
+                    max_model_len=min(max_length, servable.max_length) if max_length else -1,
+                    enforce_eager=True,  # half a minute sooner; a command answers few prompts
+                    **_memory_settings(servable),
+                    **settings,
+                )
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:500]
             raise PacktrainError(f"vLLM cannot load {servable.model}: {reason}") from error
@@ -155,6 +164,31 @@ class VLLMEngine:
     def _draw_seed(self) -> int:
         self._next_seed += 1
         return self._next_seed - 1
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ends what is inside at SIGINT and SIGTERM, with vLLM's own clearing up.
+
+    While vLLM starts it swallows KeyboardInterrupt (``vllm/utils/network_utils.py``: zmq_socket_ctx) and waits ten
+    minutes for an engine process that the same Ctrl-C has ended.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise _Stop(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except _Stop as stopped:
+        (number,) = stopped.args
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run_job(job: Job) -> Served:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.children import die_with
 from trainer.errors import PacktrainError, first_error
 from trainer.servable import Servable
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN_OF_LOG = 2000
+SECONDS_TO_STOP = 15.0  # vLLM gives its processes 5
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,40 @@ def serve_in_child(job: Job) -> Served:
         asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-P", "-m", "trainer.vllm_engine", str(asked), str(replied)]
-        with log.open("w") as out:
-            status = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=out).returncode
+        status = _run(command, os.environ | {"PYTHONPATH": path}, log)
         if not replied.exists():  # written whole, last of all; vLLM 0.25 may abort while it ends after that
             said = log.read_text(errors="replace").strip()
             why = first_error(said) or "it named no error"
             what = f"vLLM failed on {job.servable.model} (exit status {status}): {why}"
             raise PacktrainError(f"{what}\n{said[-SHOWN_OF_LOG:]}")
         return _parse_served(json.loads(replied.read_text(encoding="utf-8")))
+
+
+def _run(command: Sequence[str], environ: Mapping[str, str], log: Path) -> int:
+    """Its exit status. Ctrl-C and what else ends the waiting ends the command too, with all it has started.
+
+    It is a session of its own: a terminal's Ctrl-C would reach vLLM's processes before the one that ends them in order.
+    """
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command,
+            env=environ,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=die_with(os.getpid(), signal.SIGTERM),
+        ) as child,
+    ):
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(SECONDS_TO_STOP)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
 
 
 def parse_job(record: dict[str, Any]) -> Job:

@@ -410,6 +410,8 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_failure_with_a_name(
         ('{"prompt": "a", "temperature": NaN}', "temperature: found nan"),
         ('{"prompt": "a", "top_p": 0}', "top_p: found 0"),
         ('{"prompt": "a", "num_beams": [1]}', "num_beams: found [1]"),
+        ('{"prompt": "a", "top_k": 1}', "unknown key 'top_k'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "an answer without a question"),
     ],
 )
 def test_a_wrong_line_of_prompts_is_named(line: str, text: str, tmp_path: Path, refuses: Refuses) -> None:
@@ -490,6 +492,35 @@ def test_an_address_is_no_path(
     monkeypatch.chdir(tmp_path)
     refuses(words, f"{where} is an address\n  allowed: a path on this host", "  fix: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_prompts_without_any(tmp_path: Path, refuses: Refuses) -> None:
+    for name in ("none.txt", "none.jsonl"):
+        (tmp_path / name).write_text("\n \n")
+        refuses(["generate", tmp_path, "--prompts", tmp_path / name], f"--prompts: {tmp_path / name} has no prompt")
+
+
+def test_a_line_that_the_template_refuses_is_named(toy_model_dir: Path, tmp_path: Path, refuses: Refuses) -> None:
+    model, prompts = shutil.copytree(toy_model_dir, tmp_path / "model"), tmp_path / "prompts.jsonl"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    template = model / "chat_template.jinja"
+    template.write_text(refusal + template.read_text())
+    prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "system", "content": "a"}]}\n')
+    refuses(["generate", model, "--prompts", prompts], f"{prompts}:2: the template refuses it: no system message")
+
+
+def test_an_answer_that_a_conversation_ends_with_is_its_reference(
+    finished_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    question = {"role": "user", "content": "Sort d c b a."}
+    rows = [[question], [question, {"role": "assistant", "content": "a b c d"}]]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    options = ["--prompts", prompts, "--max-new-tokens", "8", "--out", out]
+    assert cli.main(["generate", str(finished_run), *map(str, options)]) == 0
+    assert "1 of 2 end with an answer" in caplog.text
+    asked, answered = (json.loads(line) for line in out.read_text().splitlines())
+    assert answered == asked | {"reference": "a b c d"}
 
 
 def test_prompts_keep_every_character(finished_run: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SEVEN_B = {"path": "meta-llama/Llama-2-7b-hf", "init": "random", "dtype": "bfloa
     ("sections", "world_size", "device", "gpu_bytes", "host_bytes", "kind"),
     [
         ({}, 1, "cuda", 1e3, 1e3, "single"),
+        ({}, 1, "cpu", 1e3, 1e3, "single"),
         ({}, 4, "cpu", 1e3, 1e3, "ddp"),
         ({}, 4, "cuda", 80e9, 1e12, "ddp"),
         ({"model": SEVEN_B}, 4, "cuda", 80e9, 1e12, "fsdp2"),  # a GPU does not hold weights, gradients and moments
@@ -50,7 +51,9 @@ def test_auto(
     kind: str,
     toy_recipe: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "trainer")
     config = toy_recipe(**sections)
     model = build_model(config, torch.device("cpu")).model
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=gpu_bytes)
@@ -58,6 +61,7 @@ def test_auto(
     monkeypatch.setattr(choose, "host_memory", lambda: host_bytes)
     group = processes(world_size, device)
     assert choose.choose_kind(describe_job(config, model, group), group) == kind
+    assert ("GiB predicted" in caplog.text) == (device == "cuda")
 
 
 def test_host_memory_is_the_jobs_share(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

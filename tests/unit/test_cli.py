@@ -15,6 +15,7 @@ import pytest
 
 from launch import cli
 from launch.init import choose_fields
+from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted, UserError
 from trainer.recipe import load_recipe
 
@@ -193,6 +194,25 @@ def test_what_init_writes_can_be_quantised_in_every_way(type: str, double_quant:
     found = load_recipe(out, {"quantization.type": type}).quantization
     assert found and (found.type, found.double_quant) == (type, double_quant)
     assert re.search(r"^  type: nf4  # .*nf4, fp4, int8", out.read_text(), flags=re.MULTILINE)
+
+
+def test_init_says_what_is_not_here_and_packs_no_longer_than_the_model_reaches(
+    toy_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(model: Path | str, data: Path | str, name: str) -> tuple[RunConfig, str]:
+        out = tmp_path / name
+        assert cli.main(["init", "--model", str(model), "--data", str(data), "--out", str(out)]) == 0
+        return load_recipe(out), capsys.readouterr().err
+
+    config = json.loads((toy_model_dir / "config.json").read_text())
+    (tmp_path / "rows.jsonl").touch()
+    found, said = init(toy_model_dir, tmp_path / "*.jsonl", "here.yaml")
+    assert said == "" and found.data.pack_length == config["max_position_embeddings"]
+    found, said = init(tmp_path / "no_model", "rows/none.jsonl", "neither.yaml")
+    assert f"--model: no folder {tmp_path / 'no_model'} is here" in said and found.data.pack_length == 4096
+    assert "--data: no file or folder rows/none.jsonl is here" in said and "hub" not in said
+    _, said = init("owner/model", "owner/rows", "hub.yaml")
+    assert said.count("taken for an id on the hub") == 2
 
 
 def test_init_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

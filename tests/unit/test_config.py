@@ -62,6 +62,8 @@ def test_scales_are_quantised_too_where_that_can_be(quantization: dict[str, Any]
         ({"train": {"micro_batch": 9, "global_batch": {"rows": 8}}}, "train.micro_batch is 9"),
         ({"train": {"global_batch": {"rows": 8, "tokens": 9}}}, "give either tokens or rows"),
         ({"train": {"global_batch": {}}}, "give either tokens or rows"),
+        ({"model": {"path": "m", "dtype": "float32", "attention": "flash4"}}, "flash4 is for 16 bit, and model.dtype"),
+        ({"model": {"path": "m", "attention": "varlen"}, "train": {"device": "cpu"}}, "varlen is for GPUs"),
         ({"train": {"float8": True}}, "train.float8 multiplies frozen weights"),
         ({"adapter": {}, "train": {"float8": True}, "strategy": {"kind": "zero3"}}, "train.float8 needs whole layers"),
         ({"adapter": {"dropout": 0.1}, "train": {"keep_in_float8": True}}, "and adapter.dropout has modules called"),

@@ -165,6 +165,17 @@ def test_a_controller_that_is_down_is_a_failure(slurm: Commands) -> None:
     assert check["status"] == "failed" and "Unable to contact slurm controller" in check["found"]
 
 
+def test_slurms_commands_on_a_workstation_without_a_cluster(slurm: Commands, tmp_path: Path) -> None:
+    said = "scontrol: error: fetch_config: DNS SRV lookup failed\nscontrol: fatal: Could not establish a configuration"
+    slurm.add("scontrol", status=1, stderr=f"{said} source")
+    libraries = write_libraries(tmp_path / "libraries")
+    check = ask(slurm, libraries=libraries)["SLURM"]
+    assert check["status"] == "not here" and "know of no cluster: runs are local" in check["found"]
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("partition: gpu\n")
+    assert ask(slurm, "--cluster", str(profile), status=1, libraries=libraries)["SLURM"]["status"] == "failed"
+
+
 def test_half_of_slurm_is_a_failure(slurm: Commands) -> None:
     slurm.remove("scancel")
     check = ask(slurm, status=1)["SLURM"]

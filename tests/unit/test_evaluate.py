@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,17 @@ def test_exact_match_counts_the_answers_it_knows(recipe: Path, parrot: Path) -> 
     assert found.exact_match == 0.5
     assert found.f1 and 0.5 < found.f1 < 1
     assert evaluate_folder(parrot, recipe, max_rows=4).total.exact_match == 1.0
+
+
+def test_answers_longer_than_the_tokenizer_s_limit_are_no_warning(
+    recipe: Path, parrot: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(parrot, tmp_path / "short")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 2}))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    evaluate_folder(folder, recipe)
+    assert "longer than the specified maximum" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +29,39 @@ from trainer.export.merge import BaseKind, merge_adapter
 from trainer.export.parity import MAX_MEAN_DIFFERENCE, check_parity
 from trainer.export.verify import MAX_LOGIT_ERROR, MAX_ROUNDED_OTHERWISE, verify_export
 from trainer.model.adapter_files import load_adapter
-from trainer.servable import CannotServe, find_servable
+from trainer.servable import CannotServe, Servable, find_servable
 from trainer.vllm_job import Job, Served, serve_in_child
 
 __all__ = ["stand_in"]
 LORA: dict[str, Any] = {"r": 4, "alpha": 32.0}
 Make = Callable[..., Path]
 TENFOLD = 10 * MAX_MEAN_DIFFERENCE
+NEVER_READY = """
+import os, pathlib, subprocess, time
+child = subprocess.Popen(["sleep", "60"])
+started = pathlib.Path(os.environ["STARTED"])
+started.with_suffix(".tmp").write_text(f"{os.getpid()} {child.pid}")
+started.with_suffix(".tmp").rename(started)
+time.sleep(60)
+"""
+
+
+def _interrupt_when(ready: Callable[[], bool]) -> None:
+    while not ready():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def wait_for_end(pid: int, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def serve(job: Job) -> Served:
@@ -117,6 +147,19 @@ class TestRightModel:
         assert report.mean_difference < MAX_MEAN_DIFFERENCE / 4
         assert report.effect is not None and report.effect > TENFOLD
         assert report.stopped == 1.0
+
+    def test_an_interrupt_ends_that_process_and_those_it_has_started(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "vllm.py").write_text(NEVER_READY)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        started = tmp_path / "started"
+        monkeypatch.setenv("STARTED", str(started))
+        threading.Thread(target=lambda: _interrupt_when(started.exists), daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            serve_in_child(Job(Servable("m", "m", "float32", {}), [], [], 1, 8, []))
+        for pid in map(int, started.read_text().split()):
+            assert wait_for_end(pid), f"process {pid} is left"
 
     @pytest.mark.usefixtures("stand_in")
     def test_merged_qlora_and_its_dequantised_base(self, run_of: Make) -> None:

@@ -503,6 +503,8 @@ def test_nothing_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "3", "--strategy.shard_size", "2"], "--gpus: 3, and strategy.shard_size is 2"),
         (["--strategy.shard_size", "2"], "strategy.shard_size: 2, and this plan would be for 1 x H100"),
         (["--gpu", "A100", "--train.float8", "true"], "train.float8: true on A100"),
+        (["--gpu", "H100", "--train.float8", "true", "--model.dtype", "float32"], "train.float8: true in float32"),
+        (["--gpu", "L40S", "--model.attention", "flash4"], "model.attention: flash4 on L40S"),
         (["--gpus", "2", "--strategy.kind", "single"], "single"),
         (["--model.path", "no/such/model/at/all"], "model.path"),
     ],

@@ -62,9 +62,9 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def push(hub: Hub, tmp_path: Path, *tokens: str) -> subprocess.CompletedProcess[str]:
+def push(hub: Hub, tmp_path: Path, *tokens: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
     """In a process of its own: huggingface_hub reads its settings when it is imported."""
-    environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+    environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token, "HF_HOME": str(tmp_path)}
     environ |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}  # large files by LFS, whose protocol is public
     command = [sys.executable, "-P", "-m", "launch.cli", "push", *tokens]
     return subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path, timeout=120)
@@ -113,6 +113,12 @@ def test_what_the_hub_refuses_is_told(hub: Hub, run: RunDir, tmp_path: Path) -> 
     result = push(hub, tmp_path, str(run.path), "--repo", "llamas/hum")
     assert result.returncode == 2 and "no right to write" in result.stderr and "HF_TOKEN" in result.stderr
     assert "Traceback" not in result.stderr and TOKEN not in result.stderr
+
+
+def test_without_a_token_nothing_is_sent(hub: Hub, run: RunDir, tmp_path: Path) -> None:
+    result = push(hub, tmp_path, str(run.path), "--repo", "llamas/hum", token="")
+    assert result.returncode == 2 and "HF_TOKEN: no token" in result.stderr and "hf auth login" in result.stderr
+    assert hub.private is None
 
 
 def test_a_public_repository_has_to_be_meant(hub: Hub, run: RunDir, tmp_path: Path) -> None:

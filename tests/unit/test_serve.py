@@ -290,6 +290,27 @@ class TestTellsWhatIsWrong:
         assert cli.main(["serve", str(run.path), "--print", "--prot", "8001"]) == 2
         assert cli.main(["serve", str(run.path), "other", "--print"]) == 2
 
+    def test_an_option_of_vllm_s_is_told_its_place(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["serve", str(run.path), "--print", "--enforce-eager"]) == 2
+        assert "after --: packtrain serve DIR -- --enforce-eager" in capsys.readouterr().err
+        assert cli.main(["serve", str(run.path), "--print", "--max-model-len", "8"]) == 2
+        assert "--max-length sets" in capsys.readouterr().err
+
+    def test_a_name_of_nothing_and_more_positions_than_the_model_has(
+        self, run: RunDir, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["serve", str(run.path), "--print", "--name", " "]) == 2
+        assert "--name: found ' '" in capsys.readouterr().err
+        config = json.loads((run.merged / "config.json").read_text())
+        most = config["max_position_embeddings"]
+        (run.merged / "manifest.json").unlink()
+        for factor in (1, 4):
+            scaled = {"rope_theta": 10000.0, "rope_type": "linear", "factor": float(factor)}
+            (run.merged / "config.json").write_text(json.dumps(config | {"rope_parameters": scaled}))
+            assert cli.main(["serve", str(run.merged), "--print", "--max-length", str(factor * most)]) == 0
+            assert cli.main(["serve", str(run.merged), "--print", "--max-length", str(factor * most + 1)]) == 2
+            assert f"at most the model's {factor * most}" in capsys.readouterr().err
+
     def test_no_vllm(self, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         monkeypatch.setattr(sys, "executable", "/nowhere/python")

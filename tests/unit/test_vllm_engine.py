@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +125,28 @@ def test_model_that_vllm_does_not_load(toy_model_dir: Path, monkeypatch: pytest.
     monkeypatch.setattr(vllm.LLM, "__init__", no_memory)
     with pytest.raises(PacktrainError, match="vLLM cannot load .* Engine core initialization failed"):
         load_answerer(toy_model_dir)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_vllm_starts_ends_the_command(
+    number: int, status: int, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    def swallow_interrupts(*_: object, **__: object) -> None:
+        """As vLLM does, which then waits for an engine that the same Ctrl-C has ended."""
+        with contextlib.suppress(KeyboardInterrupt, Exception):
+            os.kill(os.getpid(), number)
+        raise RuntimeError("waited in vain")
+
+    monkeypatch.setattr(vllm.LLM, "__init__", swallow_interrupts)
+    handler = signal.getsignal(number)
+    try:
+        ended = main(["generate", str(toy_model_dir), "--prompt", "hi"])
+    except SystemExit as error:
+        ended = error.code  # type: ignore[assignment]
+    assert ended == status
+    assert signal.getsignal(number) == handler
 
 
 def test_commands(toy_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

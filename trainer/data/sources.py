@@ -50,7 +50,7 @@ def open_source(source: Source, where: str) -> Rows:
     elif glob.has_magic(source.path):
         _refuse_hub_fields(source, where, ("name", "revision", "split"))
         rows = _open_pattern(str(path), where)
-    elif not _looks_local(source.path):
+    elif not looks_local(source.path):
         rows = _open_dataset(source, where)
     else:
         raise UserError(f"{where}.path", f"there is no file {source.path}", fix="correct the path")
@@ -69,7 +69,7 @@ def _refuse_hub_fields(source: Source, where: str, fields: tuple[str, ...]) -> N
             )
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
     """Hub ids are ``name`` or ``owner/name``."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in READERS
 

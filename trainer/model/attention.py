@@ -37,6 +37,19 @@ def register_attention() -> None:
         AttentionMaskInterface.register(name, refuse_padding)
 
 
+def check_attention(wish: str, compute_dtype: str, device: torch.device) -> None:
+    """What `choose_attention` would refuse on any model, at once.
+
+    Raises:
+        UserError: a kernel was asked for that does not run there.
+    """
+    if wish == "varlen" and not _can_varlen(compute_dtype, device):
+        allowed = "varlen runs on CUDA in 16 bit"
+        raise UserError("model.attention", f"varlen on {device.type} in {compute_dtype}", allowed, "use auto")
+    if wish == "flash4" and (obstacle := flash4.find_obstacle(getattr(torch, compute_dtype), device)):
+        raise _refuse_flash4(obstacle)
+
+
 def choose_attention(wish: str, base: Any, compute_dtype: str, device: torch.device) -> str:
     """The registered name for `wish`, a ``model.attention``, on `device`.
 
@@ -46,16 +59,14 @@ def choose_attention(wish: str, base: Any, compute_dtype: str, device: torch.dev
     Raises:
         UserError: a kernel was asked for that does not run there, or not rightly.
     """
-    can_varlen = device.type == "cuda" and compute_dtype != "float32"
-    if wish == "varlen" and not can_varlen:
-        allowed = "varlen runs on CUDA in 16 bit"
-        raise UserError("model.attention", f"varlen on {device.type} in {compute_dtype}", allowed, "use auto")
+    check_attention(wish, compute_dtype, device)
+    can_varlen = _can_varlen(compute_dtype, device)
     if wish == "flash4" or (wish == "auto" and can_varlen and flash4.is_installed()):
         fault = _find_fault(base, compute_dtype, device)
         if fault is None:
             return FLASH4
         if wish == "flash4":
-            raise UserError("model.attention", "flash4", f"{flash4.PACKAGE} where it proves right: {fault}", "use auto")
+            raise _refuse_flash4(fault)
         logger.warning("%s is installed but not used: %s", flash4.PACKAGE, fault)
     return VARLEN if can_varlen and wish != "sdpa" else BY_DOCUMENT
 
@@ -68,6 +79,14 @@ def agree_on_attention(causal_lm: Any, processes: Processes) -> None:
     failed = ", ".join(str(rank) for rank, kind in enumerate(kinds) if kind != FLASH4)
     logger.warning("%s is used by nobody: rank %s cannot, and its log says why", flash4.PACKAGE, failed)
     causal_lm.set_attn_implementation(VARLEN)
+
+
+def _can_varlen(compute_dtype: str, device: torch.device) -> bool:
+    return device.type == "cuda" and compute_dtype != "float32"
+
+
+def _refuse_flash4(fault: str) -> UserError:
+    return UserError("model.attention", "flash4", f"{flash4.PACKAGE} where it proves right: {fault}", "use auto")
 
 
 def _find_fault(base: Any, compute_dtype: str, device: torch.device) -> str | None:

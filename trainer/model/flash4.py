@@ -46,6 +46,16 @@ def is_installed() -> bool:
     return True
 
 
+def find_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why these kernels cannot run on `device`, whatever the model; takes no time."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return f"it runs on CUDA in 16 bit, and this is {device.type} in {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"it runs from compute capability 9.0 on, and this GPU has {'.'.join(map(str, capability))}"
+    return None if is_installed() else f"{PACKAGE} is not installed"
+
+
 @cache
 def find_fault(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why these kernels are not for such a model on `device`; None where they proved right.
@@ -55,13 +65,8 @@ def find_fault(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, dev
     Raises:
         PacktrainError: they left the GPU unusable.
     """
-    if device.type != "cuda" or dtype == torch.float32:
-        return f"it runs on CUDA in 16 bit, and this is {device.type} in {str(dtype).removeprefix('torch.')}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"it runs from compute capability 9.0 on, and this GPU has {'.'.join(map(str, capability))}"
-    if not is_installed():
-        return f"{PACKAGE} is not installed"
+    if obstacle := find_obstacle(dtype, device):
+        return obstacle
     wrong = []
     for case, lengths in CASES.items():
         try:

@@ -59,19 +59,30 @@ def set_computation(model: nn.Module, config: RunConfig, device: torch.device) -
         offload_activations(model, device)
 
 
+def check_float8(device: torch.device, compute_dtype: str) -> None:
+    """What `use_float8` would refuse on any model.
+
+    Raises:
+        UserError: the GPU cannot, or not in `compute_dtype`.
+    """
+    if device.type != "cuda":
+        return
+    if not can_multiply(device):
+        name = torch.cuda.get_device_name(device)
+        allowed = "GPUs of CUDA capability 8.9 or newer: Ada, Hopper and later"
+        raise UserError("train.float8", f"true on {name}", allowed, "set it to false")
+    if compute_dtype != "bfloat16":
+        fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
+        raise UserError("train.float8", f"true in {compute_dtype}", "bfloat16", fix)
+
+
 def use_float8(model: nn.Module, device: torch.device, compute_dtype: str) -> None:
     """Lets every layer multiply its frozen weights in float8; on the CPU the same is emulated, as a rehearsal.
 
     Raises:
         UserError: the GPU cannot, not in `compute_dtype`, or layers compute by their modules.
     """
-    if device.type == "cuda" and not can_multiply(device):
-        name = torch.cuda.get_device_name(device)
-        allowed = "GPUs of CUDA capability 8.9 or newer: Ada, Hopper and later"
-        raise UserError("train.float8", f"true on {name}", allowed, "set it to false")
-    if device.type == "cuda" and compute_dtype != "bfloat16":
-        fix = "set model.dtype (or quantization.compute_dtype) to bfloat16, or train.float8 to false"
-        raise UserError("train.float8", f"true in {compute_dtype}", "bfloat16", fix)
+    check_float8(device, compute_dtype)
     _check_fused(model, "train.float8")
     for layer in decoder_layers(model):
         layer.float8 = True

@@ -11,6 +11,8 @@ from trainer.errors import UserError
 from trainer.launchers import visible_gpus
 
 GIB = 2**30
+Capability = tuple[int, int]
+AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
 
 # Dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figures "with sparsity").
 # The first entry whose words are all in the device's name counts, so variants stand before their family.
@@ -56,7 +58,8 @@ class Gpu:
         flops: dense 16-bit matmuls with float32 sums, FLOP/s.
         bandwidth: of its memory, bytes/s.
         fabric: to the other GPUs of its host, bytes/s each way.
-        float8: its tensor cores multiply in float8, twice as fast as in 16 bit.
+        capability: CUDA's: from Ada on tensor cores multiply in float8, twice as fast as in 16 bit; flash-attn-4 is for
+            Hopper and later.
         max_tokens: beyond so many a micro-batch gets no faster.
     """
 
@@ -66,27 +69,27 @@ class Gpu:
     flops: float
     bandwidth: float
     fabric: float
-    float8: bool = True
+    capability: Capability = HOPPER
     max_tokens: int = 16384
 
     def __str__(self) -> str:
         return f"{self.name} ({self.memory / GIB:.1f} GiB)"
 
 
-def _known(name: str, size: int, seen: float, bandwidth: float, fabric: float, float8: bool = True) -> Gpu:
+def _known(name: str, size: int, seen: float, bandwidth: float, fabric: float, capability: Capability = HOPPER) -> Gpu:
     flops = peak_bf16_flops(name)
     assert flops, name
-    return Gpu(name, size, seen * GIB, flops, bandwidth, fabric, float8)
+    return Gpu(name, size, seen * GIB, flops, bandwidth, fabric, capability)
 
 
 # By NVIDIA's data sheets of H200, H100 SXM, A100 SXM and L40S, and its white papers on Ada and GA102. NVLink counts one
 # way; where there is none PCIe 4.0 x16 has 32 GB/s, of which 24 arrive. GiB are what torch sees on such cards.
 GPUS = (
-    _known("RTX 3090", 24, 23.6, 936e9, 24e9, float8=False),
-    _known("RTX 4090", 24, 23.6, 1008e9, 24e9),
-    _known("A100 40", 40, 39.4, 1555e9, 300e9, float8=False),
-    _known("L40S", 48, 44.4, 864e9, 24e9),
-    _known("A100", 80, 79.2, 2039e9, 300e9, float8=False),
+    _known("RTX 3090", 24, 23.6, 936e9, 24e9, (8, 6)),
+    _known("RTX 4090", 24, 23.6, 1008e9, 24e9, ADA),
+    _known("A100 40", 40, 39.4, 1555e9, 300e9, AMPERE),
+    _known("L40S", 48, 44.4, 864e9, 24e9, ADA),
+    _known("A100", 80, 79.2, 2039e9, 300e9, AMPERE),
     _known("H100", 80, 79.1, 3350e9, 450e9),
     _known("H200", 141, 139.8, 4800e9, 450e9),
 )

@@ -58,10 +58,9 @@ def build_strategy(config: RunConfig, job: Job, processes: Processes, fingerprin
 
 def choose_kind(job: Job, processes: Processes) -> Kind:
     """`auto`: one process needs nothing; several replicate where that is faster and fits, and cut else."""
-    host_room = processes.min(host_memory())
-    kinds = open_kinds(job, host_room if processes.device.type == "cuda" else None)
-    if len(kinds) > 1 and processes.device.type != "cuda":
-        return "ddp"
+    if processes.device.type != "cuda":  # whose memory nobody plans
+        return open_kinds(job)[0]  # ddp where it is open
+    kinds = open_kinds(job, processes.min(host_memory()))
     best = {kind: plan(job, [kind])[0] for kind in kinds}
     kind = plan(job, kinds)[0].setting.kind
     for other, candidate in best.items():
