@@ -45,7 +45,7 @@ def folder_appears_when_complete(
     temporary = unfinished(final)
     with _only_writer(final):
         if os.path.lexists(final) and not replaces:
-            raise UserError(str(final), "exists", "a folder that does not exist yet", "remove it or name another")
+            raise UserError(str(final), "exists: another process was first", "a new folder", "use it, or name another")
         if num_bytes > _room_for(final):
             raise _no_room(temporary, final, num_bytes, os.strerror(errno.ENOSPC))
         try:

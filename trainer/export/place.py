@@ -25,10 +25,10 @@ def check_place(out: Path, source: Path) -> None:
     """
     _check_is_new(out, source)
     _check_can_be_made(out)
-    check_apart(out, source)
     for folder in out.resolve().parents:
         if is_run(folder):
             _check_in_run(out, RunDir(folder))
+    check_apart(out, source)
 
 
 def check_apart(out: Path, folder: Path) -> None:
