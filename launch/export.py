@@ -31,7 +31,8 @@ def merge(
     Args:
         source: run dir (its adapter/, else its best checkpoint, else the newest), a checkpoint of it, or an adapter in
             PEFT's format.
-        out: appears only when complete and proven; default: merged/ in the run dir.
+        out: appears only when complete and proven; default: merged/ in the run dir. Inside a run dir only that and
+            merged-NAME are left alone by a training.
         base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
         verify: prove an adapter's merge as `packtrain verify` does, and measure what it did to the validation loss,
             before the folder appears.

@@ -8,7 +8,7 @@ A run dir::
     checkpoints/step_00000100/  dcp/, adapter/ (PEFT) and manifest.json, written last
     best                        name of the best checkpoint's folder
     adapter/ or model/          the result
-    merged/                     base and adapter as one model
+    merged/                     base and adapter as one model; merged-NAME: others, which no training touches
     logs/rank_0.log  tensorboard/  report.html
 """
 
