@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from trainer.errors import UserError
+
 if TYPE_CHECKING:
     from trainer.export.parity import ParityReport
     from trainer.export.verify import VerifyReport
+    from trainer.export.verify_model import ModelReport
 
 
 def merge(
@@ -28,21 +31,21 @@ def merge(
     Args:
         source: run dir (its adapter/, else its best checkpoint, else the newest), a checkpoint of it, or an adapter in
             PEFT's format.
-        out: appears only when complete and proven; default: merged/ in the run dir.
+        out: appears only when complete and proven; default: merged/ in the run dir. Inside a run dir only that and
+            merged-NAME are left alone by a training.
         base: merge onto the weights trained on, quantised ones dequantised, or onto the 16-bit ones.
         verify: prove an adapter's merge as `packtrain verify` does, and measure what it did to the validation loss,
             before the folder appears.
     """
     from trainer.checkpoint.layout import RunDir
     from trainer.checkpoint.result import find_result
-    from trainer.errors import UserError
     from trainer.export.consolidate import consolidate
     from trainer.export.merge import merge_adapter
     from trainer.export.result import full_checkpoint
 
     if checkpoint := full_checkpoint(source):
         if out is None:
-            raise UserError("--out", "not given", "a folder that does not exist yet", "name one")
+            raise _no_place_for(checkpoint)
         whole = consolidate(checkpoint, out)
         print(
             f"{whole.out}: {whole.tensors} tensors of step {whole.step}, {whole.num_bytes / 2**30:.2f} GiB "
@@ -71,27 +74,58 @@ def merge(
 def verify(folder: Path, *, vllm: bool = False) -> None:
     """Prove that a merged model is base and adapter as trained: hashes, tensors, logits, tokenizer, stop token.
 
-    What merging did to the loss of some validation rows is written into the folder's manifest and card.
+    What merging did to the loss of some validation rows is written into the folder's manifest and card. Of a full
+    fine-tune's model: that it is as it was written, and its checkpoint's bit for bit where that is kept.
 
     Args:
-        folder: merged folder, or a run dir that has one; with --vllm also a whole model, or an adapter that is served
-            unmerged.
+        folder: merged folder, a full fine-tune's model, or a run dir that has one; with --vllm also another whole
+            model, or an adapter that is served unmerged.
         vllm: prove as well that vLLM serves what was trained: prompts, log-probabilities, adapter and stop token on 100
             rows or more.
     """
-    from trainer.errors import UserError
     from trainer.export.verify import find_merged, verify_export
+    from trainer.export.verify_model import find_model, verify_model
     from trainer.servable import WITHOUT_VLLM, vllm_is_usable
 
     if vllm and not vllm_is_usable():
         fix = "install the extra `serve` on a host with a GPU, or vLLM's build for CPUs"
         raise UserError("--vllm", WITHOUT_VLLM, fix=fix)
-    if not vllm or find_merged(folder):
+    if not find_merged(folder) and (model := find_model(folder)):
+        _print_model(verify_model(model))
+    elif not vllm or find_merged(folder):
         _print_proof(verify_export(folder))
     if vllm:
         from trainer.export.parity import check_parity
 
         _print_parity(check_parity(folder))
+
+
+def _no_place_for(checkpoint: Path) -> UserError:
+    """What to say where a full fine-tune's checkpoint is to become a model, and where to is not said."""
+    from trainer.checkpoint.layout import MANIFEST, read_manifest
+    from trainer.checkpoint.result import enclosing_run
+
+    run, found, instead = enclosing_run(checkpoint), "not given", ""
+    if run and (run.model / MANIFEST).exists():
+        found = f"not given, and the run's finished model lies in {run.model} already"
+        found, instead = f"{found}, of step {read_manifest(run.model).get('step')}", "use that one, or "
+    place = run.path / f"merged-{checkpoint.name}" if run else checkpoint.with_name(f"{checkpoint.name}-model")
+    fix = f"{instead}name a folder for {checkpoint.name}, such as --out {place}"
+    return UserError("--out", found, "a folder that does not exist yet", fix)
+
+
+def _print_model(report: ModelReport) -> None:
+    step = f" at step {report.step}" if report.step is not None else ""
+    checkpoint = report.checkpoint
+    print(
+        f"{report.folder}: {report.files} files ({report.num_bytes / 2**20:,.1f} MiB) are as they were written{step} "
+        f"({report.seconds:.1f} s)\n"
+        f"  tensors: {report.tensors}, of the names and shapes that its config asks for"
+        + (f", each bit for bit that of {checkpoint}, rounded as the recipe says" if checkpoint else "")
+        + "\n  config, tokenizer, chat template and stop tokens "
+        + (f"are those of {checkpoint}" if checkpoint else "can be read")
+        + ("" if checkpoint else "\n  not compared with what was trained: its checkpoint is not there any more")
+    )
 
 
 def _print_proof(report: VerifyReport) -> None:

@@ -46,9 +46,10 @@ def check_then(config: RunConfig, then: Sequence[str]) -> None:
         if command not in GPUS_USED or command in then[:index]:
             found = f"{command} given twice" if command in then[:index] else repr(command)
             raise UserError("--then", found, ", ".join(GPUS_USED))
-    if "merge" in then and config.adapter is None:
-        raise UserError("--then", "merge, and a full fine-tune is whole as it is", fix="leave merge out")
-    if "verify" in then and "merge" not in then[: then.index("verify")] and not config.export.merge:
+    if config.adapter is None:
+        if "merge" in then:
+            raise UserError("--then", "merge, and a full fine-tune is whole as it is", fix="leave merge out")
+    elif "verify" in then and "merge" not in then[: then.index("verify")] and not config.export.merge:
         raise UserError("--then", "verify, and nothing merges before it", fix="--then merge,verify")
 
 

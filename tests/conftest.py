@@ -140,3 +140,21 @@ def _save_toy_model(folder: Path, tokenizer: PreTrainedTokenizerFast, tied: bool
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with `status` and a message that holds all `texts`; returns the message.
+
+    ``refuses(["merge", run, "--out", run / "logs"], "--out: ", "fix: ", status=2)``
+    """
+    from launch import cli
+
+    def check(arguments: list[Any], *texts: str, status: int = 2) -> str:
+        assert cli.main([str(argument) for argument in arguments]) == status
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert not [text for text in texts if text not in message], message
+        return message
+
+    return check

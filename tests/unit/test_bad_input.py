@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
+import os
+import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +19,7 @@ import pytest
 import yaml
 
 from launch import cli
-from trainer.checkpoint.layout import RunDir
+from trainer.checkpoint.layout import RunDir, find_damage
 from trainer.errors import EXIT_FAILURE, EXIT_USER_ERROR, explain_os_error
 
 Change = Callable[[Path], object]
@@ -30,20 +34,6 @@ def _log_to_this_test() -> Iterator[None]:
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(handler)
-
-
-@pytest.fixture
-def refuses(capsys: pytest.CaptureFixture[str]) -> Refuses:
-    """Runs a command that must end with `status` and a message that holds all `texts`; returns the message."""
-
-    def check(arguments: list[Any], *texts: str, status: int = EXIT_USER_ERROR) -> str:
-        assert cli.main([str(argument) for argument in arguments]) == status
-        message = capsys.readouterr().err
-        assert "Traceback" not in message
-        assert not [text for text in texts if text not in message], message
-        return message
-
-    return check
 
 
 @pytest.fixture(scope="module")
@@ -617,12 +607,12 @@ def test_an_adapter_with_a_flipped_bit_neither_answers_nor_merges(run: RunDir, r
     said = (str(run.adapter / ADAPTER), "does not have the hash its manifest says", f"delete {run.adapter}")
     flip_a_bit(run.adapter / ADAPTER)
     refuses(["generate", run.path, "--prompt", "a"], *said, status=EXIT_FAILURE)
-    refuses(["merge", run.path, "--out", run.path / "out"], *said, status=EXIT_FAILURE)
+    refuses(["merge", run.path, "--out", run.path.parent / "out"], *said, status=EXIT_FAILURE)
     assert not list(run.path.glob("out*"))
     shutil.rmtree(run.adapter)
     checkpoint = run.step_dir(run.steps()[-1])
     flip_a_bit(checkpoint / "adapter" / ADAPTER)
-    refuses(["merge", checkpoint, "--out", run.path / "out"], "does not have the hash", status=EXIT_FAILURE)
+    refuses(["merge", checkpoint, "--out", run.path.parent / "out"], "does not have the hash", status=EXIT_FAILURE)
 
 
 def test_missing_adapter_weights_are_no_adapter(finished_run: Path, tmp_path: Path, refuses: Refuses) -> None:
@@ -652,6 +642,123 @@ def test_outputs_that_cannot_be_written(finished_run: Path, tmp_path: Path, refu
     refuses(["evaluate", finished_run, "--no-exact-match", "--json", tmp_path], "Is a directory")
     refuses(["init", "--model", "m", "--data", "d", "--out", file / "out"], str(file))
     assert file.read_text() == "mine"
+
+
+def test_a_merge_lies_where_no_training_writes(
+    run: RunDir, recipe: dict[str, Any], tmp_path: Path, refuses: Refuses
+) -> None:
+    shutil.rmtree(run.merged)
+    shutil.rmtree(run.adapter)  # as of a run that is still training: a checkpoint's is merged
+    (tmp_path / "link").symlink_to(run.path)
+    before = sorted(run.path.rglob("*"))
+    checkpoint = run.step_dir(2).relative_to(run.path)
+    places = ["adapter", "adapter/merged", "checkpoints/x", f"{checkpoint}/x", "logs/x", "model", "model/x", "new"]
+    places += ["merged.unfinished", "merged-x.unfinished", "../link/adapter", "../link/tensorboard/x/y"]
+    for place in places:
+        refuses(["merge", run.path, "--out", run.path / place], "--out: ", "allowed: ", "fix: ")
+    assert sorted(run.path.rglob("*")) == before
+
+    original = run.path / "merged-original"
+    assert cli.main(["merge", str(run.path), "--base", "original", "--no-verify", "--out", str(original)]) == 0
+    path = write(tmp_path / "recipe.yaml", recipe)
+    assert cli.main(["train", str(path), "--run-dir", str(run.path), "--export.verify", "false"]) == 0
+    assert run.merged.is_dir() and find_damage(original) is None
+
+
+def test_a_merge_lies_neither_in_its_base_nor_in_its_adapter(
+    recipe: dict[str, Any], run: RunDir, base: Path, tmp_path: Path, refuses: Refuses
+) -> None:
+    edit_json(run.adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    adapter = run.adapter.rename(tmp_path / "adapter")
+    (tmp_path / "link").symlink_to(base)
+    for place in (base / "x", tmp_path / "link" / "x" / "y", adapter / "merged"):
+        refuses(["merge", adapter, "--out", place], f"--out: {place} lies inside")
+    assert not list(tmp_path.rglob("*.safetensors.unfinished")) and not (base / "x").exists()
+
+
+def test_an_out_that_cannot_become_a_folder_is_refused_before_the_work(run: RunDir, refuses: Refuses) -> None:
+    flip_a_bit(run.adapter / "adapter_model.safetensors")  # which reading it would find
+    nowhere, file = run.path.parent / "nowhere", run.path.parent / "file"
+    nowhere.symlink_to("/not/there")
+    file.write_text("mine")
+    refuses(["merge", run.path, "--out", nowhere], f"--out: {nowhere} is a link to /not/there", "fix: ")
+    for parent in (nowhere, file):
+        refuses(["merge", run.path, "--out", parent / "a" / "b"], f"--out: {parent}, ", "is no folder")
+    refuses(["merge", run.path, "--out", "/proc/sys/a"], "--out: /proc/sys cannot be written")  # not even by root
+
+
+def test_a_merge_that_is_there_already_says_of_what(run: RunDir, refuses: Refuses) -> None:
+    text = f"{run.merged} exists: merged from this adapter onto the dequantized base, "
+    refuses(["merge", run.path], text + "verified\n", "use it")
+    shutil.rmtree(run.merged)
+    assert cli.main(["merge", str(run.path), "--no-verify"]) == 0
+    refuses(["merge", run.path], text + "not verified\n", f"`packtrain verify {run.merged}`")
+    assert cli.main(["verify", str(run.path)]) == 0
+    refuses(["merge", run.path], text + "verified\n")
+    edit_tensors(run.adapter / "adapter_model.safetensors", lambda tensors: [t.mul_(2) for t in tensors.values()])
+    (run.adapter / "manifest.json").unlink()
+    refuses(["merge", run.path], "merged from another adapter", "name another --out")
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system writes no larger ones, as if a quota were used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_too_full_for_the_result_ends_a_training_that_goes_on(
+    method: str, recipe: dict[str, Any], tmp_path: Path, refuses: Refuses
+) -> None:
+    """At first there is room for the checkpoints, and not for what is made of them."""
+    full = {"adapter": None, "quantization": None, "export": {"merge": False}}
+    run, changes = RunDir(tmp_path / "run"), full if method == "full" else {}
+    path = write(tmp_path / "recipe.yaml", recipe, **changes)
+    command = ["train", str(path), "--run-dir", str(run.path)]
+    result = run.merged if method == "lora" else run.model
+    assert cli.main(command) == 0
+    shutil.rmtree(result)
+    with files_of_at_most(300_000):
+        file = result.with_name(result.name + ".unfinished") / WEIGHTS
+        refuses(
+            command, f"{file}: File too large: {result.name} takes somewhat more than", "are free", "fix: make room"
+        )
+    assert run.read_state()["state"] == "failed" and run.steps()
+    assert not list(run.path.glob("*.unfinished*"))
+    assert cli.main(command) == 0
+    assert find_damage(result) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, of which a folder's tensors take the half."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_a_merge_fills_is_named_with_what_it_takes(run: RunDir, small_disk: Path, refuses: Refuses) -> None:
+    """Where even the weights do not fit, where they do and the rest does not, and where it is the weights after all."""
+    fill, out = small_disk / "fill", small_disk / "out"
+    size = (run.merged / WEIGHTS).stat().st_size
+    for left, file in ((size // 2, "out.unfinished: "), (size + 6_000, "out.unfinished/"), (size, "out.unfinished")):
+        fill.unlink(missing_ok=True)
+        fill.write_bytes(bytes(2**20 - left // 4096 * 4096))
+        texts = [f"{small_disk}/{file}", ": No space left on device: out takes ", "are free", "fix: make room"]
+        message = refuses(["merge", run.path, "--out", out], *texts)
+        assert len(message.splitlines()) == 2 and "Errno" not in message
+        assert [path.name for path in small_disk.iterdir()] == ["fill"]
+    fill.unlink()
+    assert cli.main(["merge", str(run.path), "--out", str(out), "--no-verify"]) == 0
 
 
 def test_what_the_system_refuses_has_a_name_and_a_status() -> None:

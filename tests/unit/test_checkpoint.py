@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from trainer.checkpoint.layout import RunDir, find_damage, folder_appears_when_complete, write_atomically
+from trainer.checkpoint.appearing import folder_appears_when_complete
+from trainer.checkpoint.layout import RunDir, find_damage, write_atomically
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import CheckpointConfig

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -606,8 +607,8 @@ class TestGoingOn:
         assert self.went_on(stopped, tmp_path / "out") == 0
 
     def test_an_error_leaves_nothing(self, sharded_run: Path, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match="No space"):
-            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(24, OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="Input/output"):
+            merge_adapter(sharded_run, tmp_path / "out", check=raise_at(24, OSError(5, "Input/output error")))
         assert not list(tmp_path.glob("out*"))
 
     def test_without_what_else_the_earlier_start_left(self, sharded_run: Path, tmp_path: Path) -> None:
@@ -643,3 +644,75 @@ def raise_at(call: int, error: BaseException | None = None) -> Callable[[], None
             raise error or Preempted("stop")
 
     return check
+
+
+TWO = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from trainer.errors import UserError
+from trainer.export.merge import merge_adapter
+
+torch.set_num_threads(1)
+run, folder, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+def begin(out, approve=lambda folder: None):
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        try:
+            merge_adapter(run, out, approve=approve)
+            os._exit(0)
+        except UserError as error:
+            print(str(error).splitlines()[0], flush=True)
+            os._exit(error.exit_status)
+    return pid
+
+def status(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+began = time.monotonic()
+assert status(begin(folder / "alone")) == 0
+seconds = time.monotonic() - began
+for number in range(rounds):  # the second comes at another moment of the first's merge each time
+    first = begin(folder / f"out{number}")
+    time.sleep(seconds * number / rounds)
+    second = begin(folder / f"out{number}")
+    print(first, second, status(first), status(second), flush=True)
+
+out, unfinished = folder / "killed", folder / "killed.unfinished"
+first = begin(out, approve=lambda folder: time.sleep(60))
+while not (unfinished / "README.md").exists():
+    time.sleep(0.01)
+before = {file: file.stat().st_mtime_ns for file in unfinished.iterdir()}
+second = begin(out)
+try:
+    assert status(second) == 2
+    assert {file: file.stat().st_mtime_ns for file in unfinished.iterdir()} == before
+finally:
+    os.kill(first, signal.SIGKILL)
+print(first, second, status(first), status(begin(out)), flush=True)
+"""
+ROUNDS = 10
+
+
+def test_of_two_merges_at_once_one_writes_and_the_other_is_told(tmp_path: Path, sharded_run: Path) -> None:
+    """Each is a process of its own. None touches what the other writes, and a killed one holds nobody up."""
+    command = [sys.executable, "-c", TWO, str(sharded_run), str(tmp_path), str(ROUNDS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = {file.name for file in (tmp_path / "alone").iterdir()}
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * ROUNDS + 2, lines
+    for number, (told, ended) in enumerate(zip(lines[:-2:2], lines[1:-2:2], strict=True)):
+        first, second, *statuses = ended.split()
+        assert sorted(statuses) == ["0", "2"], lines
+        winner, out = first if statuses[0] == "0" else second, tmp_path / f"out{number}"
+        holder = f"(process {winner} on {gethostname()}|another process)"
+        assert re.match(f"{out}: {holder} is writing|.*{out}:? exists", told), told
+        assert find_damage(out) is None and {file.name for file in out.iterdir()} == files
+    assert sum("is writing this folder" in line for line in lines) > ROUNDS // 4
+
+    first, _, *statuses = lines[-1].split()
+    assert f"killed: process {first} on {gethostname()} is writing" in lines[-2] and statuses == ["-9", "0"]
+    assert find_damage(tmp_path / "killed") is None
+    assert not list(tmp_path.glob("*.unfinished*"))

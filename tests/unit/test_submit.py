@@ -13,7 +13,9 @@ import pytest
 from slurm_commands import NO_ACCOUNTING, Commands, squeue_line
 
 from launch import cli
+from slurm.checks import check_then
 from slurm.job import SUBMISSION
+from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.recipe import load_recipe
 
@@ -169,6 +171,16 @@ def test_nothing_follows_twice(cluster: Cluster, recipe: Path, capsys: pytest.Ca
     assert submit(recipe, "--then", "merge") == 0
     assert "this run is done; nothing to submit" in capsys.readouterr().out
     assert len(cluster.scripts()) == 2
+
+
+def test_what_is_verified_is_whole_or_was_merged(toy_recipe: Callable[..., RunConfig]) -> None:
+    check_then(toy_recipe(), ["verify"])  # a full fine-tune's model needs no merge
+    check_then(toy_recipe(adapter={"r": 4}), ["merge", "verify"])
+    check_then(toy_recipe(adapter={"r": 4}, export={"merge": True}), ["verify"])
+    with pytest.raises(UserError, match="nothing merges before it"):
+        check_then(toy_recipe(adapter={"r": 4}), ["verify", "merge"])
+    with pytest.raises(UserError, match="a full fine-tune is whole as it is"):
+        check_then(toy_recipe(), ["merge", "verify"])
 
 
 def test_a_job_does_not_train_on_data_that_were_edited_since(

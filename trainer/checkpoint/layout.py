@@ -8,7 +8,7 @@ A run dir::
     checkpoints/step_00000100/  dcp/, adapter/ (PEFT) and manifest.json, written last
     best                        name of the best checkpoint's folder
     adapter/ or model/          the result
-    merged/                     base and adapter as one model
+    merged/                     base and adapter as one model; merged-NAME: others, which no training touches
     logs/rank_0.log  tensorboard/  report.html
 """
 
@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from trainer.errors import PacktrainError, Preempted
+from trainer.errors import PacktrainError
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -141,7 +141,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with named(path), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -149,6 +149,16 @@ def write_atomically(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What the system refuses inside says which file it was for: of a write it does not say so itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync(path: Path) -> None:
@@ -194,29 +204,6 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(leftover, ignore_errors=True)
     os.rename(folder, leftover)
     shutil.rmtree(leftover)
-
-
-@contextlib.contextmanager
-def folder_appears_when_complete(
-    final: Path, can_go_on: Callable[[Path], bool] = lambda folder: False
-) -> Iterator[Path]:
-    """Yields a folder to fill; after success it is synced and becomes `final`, after an error `final` never appears.
-
-    Args:
-        can_go_on: whether what an earlier filling left unfinished can be gone on from. Then it is yielded as it is, and
-            kept by a stop that was asked for; an error always removes it, as a full disk has no room for half a model.
-    """
-    temporary = unfinished(final)
-    if not can_go_on(temporary):
-        begin_folder(final)
-    try:
-        yield temporary
-        commit_folder(temporary, final)
-    except BaseException as error:
-        was_asked = isinstance(error, Preempted) or not isinstance(error, Exception)
-        if not (was_asked and can_go_on(temporary)):
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,8 +43,6 @@ from trainer.launchers import host_name
 from trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
-# One process is what is meant here, and torch says so at every save and load.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 Finish = Callable[[Path, SavedCheckpoint], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from trainer.errors import PacktrainError
 
+# One process is what is meant where there is no group, and torch says so at every save and load.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 Tensors = dict[str, torch.Tensor]
 
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.layout import find_damage, folder_appears_when_complete, read_manifest, write_manifest
+from trainer.checkpoint.appearing import folder_appears_when_complete
+from trainer.checkpoint.layout import find_damage, write_manifest
 from trainer.checkpoint.result import enclosing_run, training_in
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
 from trainer.export.card import write_card
 from trainer.export.kv_heads import KVHeads
 from trainer.export.pipeline import Buffer, InTurn, run_pipeline
+from trainer.export.place import check_apart, check_place
 from trainer.export.shards import Piece, ShardWriter, Spec, cut_into_shards, write_index
 from trainer.recipe import load_recipe
 
@@ -36,57 +38,92 @@ class ConsolidateReport:
     seconds: float
 
 
-def consolidate(
-    checkpoint: Path, out: Path, is_intact: bool = False, check: Callable[[], None] = lambda: None
-) -> ConsolidateReport:
-    """Writes a model folder (safetensors, index, config, tokenizer, hashes, card) of a full fine-tune's checkpoint.
+class CheckpointModel:
+    """The model in a full fine-tune's checkpoint: its tensors as other programs want them, read one by one.
 
-    Needs neither a GPU nor the base nor the run around the checkpoint. Reads a tensor while the one before is written,
-    and holds no third. Recipe and losses are on the card where the checkpoint lies in its run.
+    Attributes:
+        checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
+        shapes: by tensor name, sorted: the files are the same whichever processes wrote the checkpoint.
+        dtype: of the recipe.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint, self._saved = checkpoint, SavedCheckpoint(checkpoint)
+        config = json.loads((checkpoint / SERVING / "config.json").read_text(encoding="utf-8"))
+        self.dtype: torch.dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
+        self._heads = KVHeads.of(config)
+        names = sorted(name for name in self._saved.names if name.startswith("model."))
+        self.shapes = {
+            (own := name.removeprefix("model.")): self._heads.shape(own, self._saved.shape(name)) for name in names
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(shape.numel() for shape in self.shapes.values()) * self.dtype.itemsize
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, whole, on the CPU; no other is in memory."""
+        return self._heads.repeat(name, self._saved.read(f"model.{name}")).to(self.dtype)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._saved.step
+
+    def write(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        """Fills `folder`: safetensors, index, config, tokenizer, hashes, card.
+
+        Reads a tensor while the one before is written, and holds no third. Recipe and losses are on the card where the
+        checkpoint lies in its run.
+
+        Args:
+            check: called before each tensor; what it raises ends the writing.
+        """
+        run = enclosing_run(self.checkpoint)
+        files = write_model(folder, self.shapes, self.dtype, self.read, check)
+        shutil.copytree(self.checkpoint / SERVING, folder, dirs_exist_ok=True)
+        recipe, manifest = load_recipe(run.recipe).model_dump(mode="json") if run else None, self._saved.manifest
+        made_from = {"path": str(self.checkpoint.resolve()), "files": hashes_in(manifest)}
+        record = {"kind": "model", "recipe": recipe, "checkpoint": made_from, **training_in(manifest)}
+        write_manifest(folder, record, files)
+        write_card(folder, record, run)
+
+
+def hashes_in(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files that a manifest lists: what tells one checkpoint from another."""
+    return {name: entry["blake3"] for name, entry in manifest["files"].items()}
+
+
+def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:
+    """Writes a model folder of a full fine-tune's checkpoint, without a GPU, the base or the run around it.
 
     Args:
-        checkpoint: a ``step_N`` folder, as any number of processes of any strategy wrote it.
+        checkpoint: a ``step_N`` folder.
         out: appears only when complete.
-        is_intact: its bytes have been checked; else they are now.
-        check: called before each tensor; what it raises ends the writing and leaves nothing.
 
     Raises:
-        UserError: `out` exists, or `checkpoint` is of an adapter or no checkpoint at all.
+        UserError: `out` may not lie there, or `checkpoint` is of an adapter or no checkpoint at all.
         PacktrainError: the checkpoint is damaged.
     """
     started = time.monotonic()
-    if out.exists():
-        raise UserError("--out", f"{out} exists", "a folder that does not exist yet", "remove it or name another")
-    _check(checkpoint, is_intact)
-    saved, run = SavedCheckpoint(checkpoint), enclosing_run(checkpoint)
-    config = json.loads((checkpoint / SERVING / "config.json").read_text(encoding="utf-8"))
-    dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
-    # Sorted, so that the files are the same whichever processes wrote the checkpoint.
-    names = sorted(name for name in saved.names if name.startswith("model."))
-    heads = KVHeads.of(config)
-    shapes = {name.removeprefix("model."): heads.shape(name, saved.shape(name)) for name in names}
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def read(name: str) -> torch.Tensor:
-        return heads.repeat(name, saved.read(f"model.{name}"))
-
-    with folder_appears_when_complete(out) as folder:
-        files = write_model(folder, shapes, dtype, read, check)
-        shutil.copytree(checkpoint / SERVING, folder, dirs_exist_ok=True)
-        recipe = load_recipe(run.recipe).model_dump(mode="json") if run else None
-        record = {"kind": "model", "recipe": recipe, **training_in(read_manifest(checkpoint))}
-        write_manifest(folder, record, files)
-        write_card(folder, record, run)
+    check_place(out, checkpoint)
+    if run := enclosing_run(checkpoint):
+        check_apart(out, Path(load_recipe(run.recipe).model.path).expanduser())
+    _check(checkpoint)
+    model = CheckpointModel(checkpoint)
+    with folder_appears_when_complete(out, num_bytes=model.num_bytes) as folder:
+        model.write(folder)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return ConsolidateReport(out, saved.step, len(shapes), num_bytes, time.monotonic() - started)
+    return ConsolidateReport(out, model.step, len(model.shapes), num_bytes, time.monotonic() - started)
 
 
-def _check(checkpoint: Path, is_intact: bool) -> None:
+def _check(checkpoint: Path) -> None:
     if not (checkpoint / TENSORS).is_dir():
         raise UserError(
             str(checkpoint), "no checkpoint", "a folder checkpoints/step_N of a run", "name the run dir, or one of them"
         )
-    if not is_intact and (damage := find_damage(checkpoint)):
+    if damage := find_damage(checkpoint):
         raise PacktrainError(f"the checkpoint is damaged: {damage}\n  fix: take another of the run's checkpoints")
     if not (checkpoint / SERVING / "config.json").is_file():
         raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.layout import folder_appears_when_complete, hash_file, write_manifest
+from trainer.checkpoint.appearing import folder_appears_when_complete
+from trainer.checkpoint.layout import hash_file, write_manifest
 from trainer.checkpoint.result import find_result, training_of
 from trainer.errors import PacktrainError, UserError
 from trainer.export.base import EMBEDDING, check_unchanged, tokenizer_of_result
@@ -27,6 +27,7 @@ from trainer.export.base_stream import BaseStream
 from trainer.export.card import write_card
 from trainer.export.merge_plan import BaseKind, MergePlan
 from trainer.export.pipeline import Buffer, InTurn, Step, run_pipeline
+from trainer.export.place import check_apart, check_place
 from trainer.export.progress import Progress
 from trainer.export.serving import write_serving_files
 from trainer.export.shards import Piece, ShardWriter, write_index
@@ -85,25 +86,24 @@ def merge_adapter(
         approve: given the complete folder before it becomes `out`; what it raises keeps it from doing so.
 
     Raises:
-        UserError: `out` exists, `source` holds no adapter, the base is another one than was trained on, or the adapter
-            does not fit it.
+        UserError: `out` may not lie there, another process is writing it or the disk has too little room; `source`
+            holds no adapter, the base is another one than was trained on, or the adapter does not fit it.
         PacktrainError: the quantised base comes out different from the one trained on.
     """
     started = time.monotonic()
-    if out.exists():
-        raise UserError("--out", f"{out} exists", "a folder that does not exist yet", "remove it or name another")
     result = find_result(source)
+    check_place(out, result.folder)
     if result.kind == "model":
         raise UserError(
             str(source), f"{result.folder} is a whole model already", "a run with an adapter", "use that model"
         )
     plan = MergePlan(result, base)
+    if plan.base.folder:
+        check_apart(out, plan.base.folder)
     plan.check()
-    _check_space(out, plan.num_bytes())
     merger = Merger(plan, check)
-    out.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress({**merger.record(), "computed by": [*versions().items(), merger.device.type]})
-    with folder_appears_when_complete(out, progress.can_go_on) as folder:
+    with folder_appears_when_complete(out, progress.can_go_on, plan.num_bytes()) as folder:
         progress.clear(folder)
         with ThreadPoolExecutor(1, "configs") as aside:  # reading a tokenizer takes long enough to be worth it
             configs = aside.submit(merger.write_configs, folder)
@@ -284,10 +284,3 @@ class Merger:
                 "in training\n  fix: merge with the versions of packtrain and bitsandbytes of the training, "
                 "or --base original"
             )
-
-
-def _check_space(out: Path, num_bytes: int) -> None:
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if num_bytes > free:
-        raise UserError("--out", f"{existing} has {free / 2**30:.1f} GiB free", f"{num_bytes / 2**30:.1f} GiB or more")

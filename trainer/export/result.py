@@ -14,19 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.checkpoint.layout import (
-    RunDir,
-    find_damage,
-    folder_appears_when_complete,
-    read_manifest,
-    write_manifest,
-)
+from trainer.checkpoint.appearing import folder_appears_when_complete
+from trainer.checkpoint.layout import RunDir, find_damage, read_manifest, write_manifest
 from trainer.checkpoint.result import find_result, is_run, merged_onto, training_in
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted
 from trainer.export.card import write_card
-from trainer.export.consolidate import SERVING, consolidate
+from trainer.export.consolidate import SERVING, CheckpointModel
 from trainer.export.serving import write_serving_files
 from trainer.model.adapter_files import save_adapter
 from trainer.model.decilm import as_llama
@@ -146,17 +141,17 @@ def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, chec
             f"  fix: put it back, or delete {run.best} to keep the last weights instead"
         )
     if config.adapter is None:
-        _replace(run.model, lambda folder: _consolidate_into(checkpoint, folder, check))
+        model = CheckpointModel(checkpoint)
+        with folder_appears_when_complete(run.model, num_bytes=model.num_bytes, replaces=True) as folder:
+            model.write(folder, check)
         return
-
-    def write_adapter(folder: Path) -> None:
+    num_bytes = sum(file.stat().st_size for file in (checkpoint / "adapter").iterdir())
+    with folder_appears_when_complete(run.adapter, num_bytes=num_bytes, replaces=True) as folder:
         shutil.copytree(checkpoint / "adapter", folder, dirs_exist_ok=True)
         write_serving_files(folder, config.model, load_base_config(config.model), tokenizer, config.data.template)
         record = {"kind": "adapter", "recipe": config.model_dump(mode="json"), **training_in(read_manifest(checkpoint))}
         write_manifest(folder, record)
         write_card(folder, record, run)
-
-    _replace(run.adapter, write_adapter)
     if not config.export.merge:
         _warn_if_not_served(run)
 
@@ -178,16 +173,3 @@ def full_checkpoint(source: Path) -> Path | None:
 def _stop_if_asked(stop: StopRequest, where: str) -> None:
     if stop.reason:
         raise Preempted(f"trained, and stopped {where} by {stop.reason}; the same command goes on from there")
-
-
-def _consolidate_into(checkpoint: Path, folder: Path, check: Check) -> None:
-    folder.rmdir()
-    consolidate(checkpoint, folder, is_intact=True, check=check)
-
-
-def _replace(final: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a new folder, which then takes the place of `final`."""
-    with folder_appears_when_complete(final) as temporary:
-        write(temporary)
-        if final.exists():
-            shutil.rmtree(final)

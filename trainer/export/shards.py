@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from blake3 import blake3
 
+from trainer.checkpoint.layout import named
 from trainer.model.weights import INDEX, SINGLE
 
 SHARD_BYTES = 4 * 2**30
@@ -51,7 +52,8 @@ class ShardFile:
         text += b" " * (-len(text) % 8)
         text = len(text).to_bytes(8, "little") + text
         self._starts = {name: len(text) + start for name, start in starts.items()}
-        self._file, self._lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), Lock()
+        self._path, self._lock = path, Lock()
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._hash, self._hashed = blake3(max_threads=blake3.AUTO), 0
         self._write(0, memoryview(text))
         self._take(text)
@@ -71,8 +73,9 @@ class ShardFile:
         Returns:
             The manifest's entry of the file: size and blake3.
         """
-        os.fsync(self._file)
-        self.abandon()
+        with named(self._path):  # some file systems say only now that they have no room
+            os.fsync(self._file)
+            self.abandon()
         return {"bytes": self._hashed, "blake3": self._hash.hexdigest()}
 
     def abandon(self) -> None:
@@ -81,7 +84,7 @@ class ShardFile:
 
     def _write(self, start: int, data: memoryview) -> None:
         end, place = start + len(data), start
-        with self._lock:  # the kernel lets one write at a time into a file, and has the others spin
+        with named(self._path), self._lock:  # the kernel lets one write at a time into a file, and has the others spin
             while place < end:
                 place += os.pwrite(self._file, data[place - start :], place)
         if hasattr(os, "posix_fadvise"):  # what is not yet on its way to the disk goes now, not all at the end

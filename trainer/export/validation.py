@@ -91,15 +91,16 @@ def compare_losses(
     return ValidationLoss(len(rows), sum(map(_num_trained, rows)), *losses)
 
 
-def record_loss(folder: Path, loss: ValidationLoss) -> None:
-    """Writes the figures into a merged folder's card and, last, its manifest."""
+def record_proof(folder: Path, loss: ValidationLoss | None) -> None:
+    """Writes that a merged folder is verified into its manifest; before that the figures, if any, into its card too."""
     manifest = read_manifest(folder)
-    if manifest.get("validation_loss") == asdict(loss):
+    proven = {**manifest, "verified": True} | ({"validation_loss": asdict(loss)} if loss else {})
+    if manifest == proven:
         return
-    manifest["validation_loss"] = asdict(loss)
     with contextlib.suppress(OSError):  # of a folder that is only for reading
-        write_merge_line(folder, "Validation loss", str(loss))
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        if loss:
+            write_merge_line(folder, "Validation loss", str(loss))
+        write_atomically(folder / MANIFEST, json.dumps(proven, indent=1) + "\n")
 
 
 def _num_trained(row: TokenizedRow) -> int:

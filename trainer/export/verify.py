@@ -25,14 +25,13 @@ from trainer.export.as_trained import AsTrained, base_name
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors, tokenizer_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
-from trainer.export.validation import ValidationLoss, compare_losses, record_loss, validation_rows
-from trainer.export.verify_files import compare_ends, compare_tokenizer
+from trainer.export.validation import ValidationLoss, compare_losses, record_proof, validation_rows
+from trainer.export.verify_files import as_list, compare_ends, compare_tokenizer
 from trainer.export.verify_prompts import PROMPTS, collect_prompts
 from trainer.servable import why_only_merged
 
 MAX_LOGIT_ERROR = 0.05  # of the adapter's own effect on the logits
 MAX_ROUNDED_OTHERWISE = 0.01  # share of a 16-bit tensor's elements that may lie one step beside the rounding
-MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,8 @@ def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> Ver
         problems = verifier.compare_files() or verifier.compare_tensors()
         error, effect, prompts = verifier.compare_logits(problems)
     if problems:
-        listed = problems[:MAX_LISTED] + [f"... and {len(problems) - MAX_LISTED} more"] * (len(problems) > MAX_LISTED)
-        raise PacktrainError(f"{folder} is not the model that was trained:\n" + "\n".join(f"  - {p}" for p in listed))
-    if verifier.validation:
-        record_loss(folder, verifier.validation)
+        raise PacktrainError(f"{folder} is not the model that was trained:\n{as_list(problems)}")
+    record_proof(folder, verifier.validation)
     return VerifyReport(
         folder=folder,
         merged_onto=verifier.manifest["merged_onto"],
@@ -267,7 +264,10 @@ def _merged_folder(folder: Path) -> Path:
     if merged := find_merged(folder):
         return merged
     raise UserError(
-        str(folder), "holds no model that packtrain merged", "a merged folder, or a run dir with merged/", "merge first"
+        str(folder),
+        "holds no model that packtrain merged, nor one that it has fully fine-tuned",
+        "a merged folder, a full fine-tune's model, or a run dir that has one of them",
+        "`packtrain merge` an adapter, and let `packtrain train` finish a full fine-tune",
     )
 
 

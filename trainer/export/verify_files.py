@@ -14,6 +14,14 @@ from trainer.export.base import BaseTensors
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what transformers raises where files are missing or broken
 
+MAX_LISTED = 8
+
+
+def as_list(problems: Sequence[str]) -> str:
+    """The first of them, a line each, and how many more there are."""
+    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n".join(f"  - {problem}" for problem in [*problems[:MAX_LISTED], *more])
+
 
 def read_exported_config(folder: Path) -> Any:
     """The transformers config of a folder that packtrain wrote.
