@@ -1,11 +1,12 @@
-"""Rates and peaks of one GPU by micro-batch and level of recompute, and what the planner predicts of each.
+"""Rates and peaks of a GPU by micro-batch and level of recompute, and what the planner predicts of each.
 
     python benchmarks/planner.py recipes/llama2-7b-qlora.yaml --packs 4,2,1 --levels none,norms,mlp,full \
         --model.init random --model.tokenizer FOLDER --results points.jsonl
+    torchrun --nproc-per-node 2 benchmarks/planner.py recipes/llama2-7b-qlora.yaml --packs 4 --strategy.kind ddp ...
 
 The model is built once, by the steps of a real run: recipe, packed rows, model, strategy, optimizer. A cell is the mean
-of some whole optimizer steps of two micro-batches after one that is not counted; nothing is evaluated or saved. Dotted
-options go to the recipe. Each cell is a line of json, and the table at the end has the prediction's errors.
+of some whole optimizer steps of a few micro-batches after one that is not counted; nothing is evaluated or saved.
+Dotted options go to the recipe. Each cell is a line of json, and the table at the end has the prediction's errors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import replace
@@ -26,7 +28,7 @@ from trainer.config import GlobalBatch
 from trainer.data.prepare import load_splits
 from trainer.data.recall import DataFacts
 from trainer.data.sampler import collate
-from trainer.launchers import World
+from trainer.launchers import read_world
 from trainer.loss import PackedCausalLM
 from trainer.model.load import build_model, load_weights
 from trainer.model.recompute import set_computation, set_recompute
@@ -41,7 +43,6 @@ from trainer.sizes import describe_job
 from trainer.strategies.choose import build_strategy
 
 GIB = 2**30
-MICRO_BATCHES = 2  # of a step: the second one's activations lie beside the first one's gradients
 HEADS = ("packs", "recompute", "tok/s", "predicted", "error", "peak GiB", "predicted", "error")
 
 
@@ -53,20 +54,25 @@ def main() -> None:
     parser.add_argument("--packs", default="4,2,1", help="packs of a micro-batch, by commas")
     parser.add_argument("--levels", default="none,norms,mlp,full", help="train.recompute, by commas")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--micro-batches", type=int, default=2, help="of a step: a second one's activations lie beside gradients"
+    )
     parser.add_argument("--results", type=Path, help="append the cells to this file")
     arguments = parser.parse_args(rest)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    cells = []
-    with start_processes(World(), needs_group=False) as processes:
+    cells, world = [], read_world(os.environ)
+    with start_processes(world, needs_group=world.world_size > 1) as processes:
         bench = Bench(arguments.recipe, overrides, processes)
         for packs in map(int, arguments.packs.split(",")):
             for level in arguments.levels.split(","):
-                cells.append(bench.measure(packs, level, arguments.steps))
-                print(json.dumps(cells[-1]), flush=True)
-                if arguments.results:
+                cells.append(bench.measure(packs, level, arguments.steps, arguments.micro_batches))
+                if processes.is_first:
+                    print(json.dumps(cells[-1]), flush=True)
+                if processes.is_first and arguments.results:
                     with arguments.results.open("a") as results:
                         results.write(json.dumps(cells[-1]) + "\n")
-    print_table(cells)
+    if processes.is_first:
+        print_table(cells)
 
 
 class Bench:
@@ -87,16 +93,19 @@ class Bench:
         self.strategy.prepare(partial(build_optimizer, config.optim))
         root.train()
 
-    def measure(self, packs: int, level: Any, steps: int) -> dict[str, Any]:
-        """Rate and peak of a cell, and their predictions."""
-        levels = read_levels(level, self.job.shape.num_layers)
+    def measure(self, packs: int, level: Any, steps: int, micro_batches: int) -> dict[str, Any]:
+        """Rate of a GPU and peak of this one in a cell, and their predictions."""
+        levels, processes = read_levels(level, self.job.shape.num_layers), self.strategy.processes
         set_recompute(self.model, levels)
-        train = self.config.train.model_copy(update={"global_batch": GlobalBatch(rows=MICRO_BATCHES * packs)})
+        rows = GlobalBatch(rows=processes.world_size * micro_batches * packs)
+        train = self.config.train.model_copy(update={"global_batch": rows})
         job = replace(self.job, config=self.config.model_copy(update={"train": train}))
-        candidate = price(job, Setting("single", packs, levels))
+        candidate = price(job, Setting(self.strategy.name, packs, levels))  # type: ignore[arg-type]
         cell = {
             "model": self.config.model.path,
             "method": self.config.method,
+            "strategy": self.strategy.name,
+            "gpus": processes.world_size,
             "attention": self.model.config._attn_implementation,
             "trained_share": round(self.job.trained_share, 3),
             "attended": round(self.job.attended),
@@ -106,29 +115,36 @@ class Bench:
             "predicted_gib": round(candidate.memory.peak / GIB, 2),
         }
         try:
-            return cell | self._run(packs, steps)
+            return cell | self._run(packs, steps, micro_batches)
         except torch.OutOfMemoryError:
+            if processes.world_size > 1:  # the others wait for this one
+                raise
             self.strategy.discard_gradients()
             torch.cuda.empty_cache()
             return cell | {"out_of_memory": True}
 
-    def _run(self, packs: int, steps: int) -> dict[str, Any]:
-        on_gpu = self.strategy.device.type == "cuda"
+    def _run(self, packs: int, steps: int, micro_batches: int) -> dict[str, Any]:
+        processes, on_gpu = self.strategy.processes, self.strategy.device.type == "cuda"
+        world_size = processes.world_size
         batches = [
-            collate([self.packs[(step * packs + i) % len(self.packs)] for i in range(packs)])
+            collate([self.packs[((step * world_size + processes.rank) * packs + i) % len(self.packs)]
+                     for i in range(packs)])
             for step in range(steps + 1)
-        ]
-        for number, batch in enumerate(batches):
+        ]  # fmt: skip
+        counts = [processes.sum(batch.num_tokens, batch.num_trained_tokens) for batch in batches]
+        for number, (batch, (_, num_trained)) in enumerate(zip(batches, counts, strict=True)):
             if number == 1:
                 if on_gpu:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 started = time.perf_counter()
-            self.strategy.forward_backward([batch] * MICRO_BATCHES, MICRO_BATCHES * batch.num_trained_tokens)
-            self.strategy.step(1e-5, 1.0)  # waits for the device
-        seconds, tokens = time.perf_counter() - started, MICRO_BATCHES * sum(b.num_tokens for b in batches[1:])
+            self.strategy.forward_backward([batch] * micro_batches, micro_batches * num_trained)
+            result = self.strategy.step(1e-5, 1.0)
+            if number in (0, steps):
+                result.grad_norm  # noqa: B018  waits for the device
+        seconds, tokens = time.perf_counter() - started, micro_batches * sum(count for count, _ in counts[1:])
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-        return {"tokens_per_second": round(tokens / seconds), "peak_gib": round(peak / GIB, 2)}
+        return {"tokens_per_second": round(tokens / seconds / world_size), "peak_gib": round(peak / GIB, 2)}
 
 
 def print_table(cells: list[dict[str, Any]]) -> None:
