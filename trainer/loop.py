@@ -146,7 +146,7 @@ class TrainLoop:
             self._loader.shutdown(cancel_futures=True)
 
     def train_step(self) -> None:
-        """One optimizer step over one global batch. What came of it is read when the device has the next one to do."""
+        """One optimizer step over one global batch. What came of it is read when the device has more to do."""
         step = self.state.step + 1
         self._mark("loading a batch")
         micro_batches = self._batches_of(step)
@@ -191,7 +191,7 @@ class TrainLoop:
         """As the strategy's; where memory runs out, once more with leaner sizes, which leave the gradient as it is."""
         failure: torch.OutOfMemoryError | None = None
         try:
-            return self.strategy.forward_backward(micro_batches, num_trained, self._mark_micro_batch)
+            return self.strategy.forward_backward(micro_batches, num_trained, self._begin_micro_batch)
         except torch.OutOfMemoryError as error:
             failure = error.with_traceback(None)  # its frames hold the activations
         # Among several processes the others may wait for this one in a collective, and nobody can call them back.
@@ -203,7 +203,7 @@ class TrainLoop:
         self.recorder.event(self.state.step, "out_of_memory", text)
         if self._next is not None:
             self._next = self._loader.submit(self._load, step + 1)  # cut anew
-        return self.strategy.forward_backward(self._load(step), num_trained, self._mark_micro_batch)
+        return self.strategy.forward_backward(self._load(step), num_trained, self._begin_micro_batch)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -343,7 +343,9 @@ class TrainLoop:
         self.recorder.event(self.state.step, "preempted", f"{reason}: checkpoint of step {self.state.step} saved")
         raise Preempted(f"stopped at step {self.state.step} by {reason}; the same command goes on from there")
 
-    def _mark_micro_batch(self, index: int) -> None:
+    def _begin_micro_batch(self, index: int) -> None:
+        if index == 1:
+            self._read_step()  # the device has the first to do
         self._mark(f"forward and backward of micro-batch {index + 1}")
 
     def _mark(self, activity: str) -> None:
