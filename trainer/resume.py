@@ -92,12 +92,17 @@ def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
     """
     saved = newest_manifest(run)
     for key, what in {"base": "base model", "data": "training data"}.items():
-        if saved and saved.get(key) != identity[key]:
+        if saved and _without_place(saved.get(key)) != _without_place(identity[key]):
             raise UserError(
                 str(run.path),
                 f"its checkpoints were trained with another {what}: {saved.get(key)}, now {identity[key]}",
                 fix="restore what was there, or train anew into another --run-dir",
             )
+
+
+def _without_place(identity: Any) -> Any:
+    """Which base it is, wherever its files lie."""
+    return {k: v for k, v in identity.items() if k != "path"} if isinstance(identity, dict) else identity
 
 
 def check_data(found: str, expected: str | None) -> None:

@@ -345,7 +345,7 @@ class TestRefusals:
             self.refuse(run, tmp_path / "out", f"{name} {value}")
 
     def test_generation_config_that_is_none(self, run: Path, tmp_path: Path) -> None:
-        (tmp_path / "base" / "generation_config.json").write_text("{\n")
+        (run / "adapter" / "generation_config.json").write_text("{\n")
         self.refuse(run, tmp_path / "out", r"generation_config\.json.*no JSON object")
 
     def test_adapter_kind_that_is_more_than_low_rank(self, run: Path, tmp_path: Path) -> None:

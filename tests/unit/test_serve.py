@@ -309,13 +309,14 @@ class TestTellsWhatIsWrong:
         data = bytearray(victim.read_bytes())
         data[-1] ^= 1
         victim.write_bytes(data)
-        assert cli.main(["serve", str(run.path / place), "--print"]) == 1
+        assert cli.main(["serve", str(run.path / place), "--print"]) == 2
         err = capsys.readouterr().err
-        assert str(victim) in err and "packtrain merge" in err
+        assert f"{victim}: does not have the hash" in err
+        assert ("packtrain merge" if place == "merged" else "the run's best checkpoint counts") in err
 
     def test_a_merged_model_without_its_hashes(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
         (run.merged / "manifest.json").unlink()
-        assert cli.main(["serve", str(run.path), "--print"]) == 1
+        assert cli.main(["serve", str(run.path), "--print"]) == 2
         assert "packtrain merge" in capsys.readouterr().err
 
     def test_a_merged_model_of_another_adapter(

@@ -35,7 +35,7 @@ class BaseIdentity:
     """Which base was trained on; a checkpoint carries it, and resuming or merging on another is refused.
 
     Attributes:
-        path: ``model.path`` of the recipe.
+        path: ``model.path`` of the recipe; of a local folder or file in full, as the recipe's may be relative.
         revision: commit of the hub's snapshot, where there is one.
         content_hash: `trainer.model.weights.base_content_hash`.
         quantization: type, double_quant and compute_dtype of a quantised base.
@@ -133,7 +133,7 @@ def load_weights(
     if processes.host is not None:
         preparation.fingerprint.all_reduce(processes.host)
     return BaseIdentity(
-        path=config.model.path,
+        path=_full_path(config.model.path),
         revision=revision,
         content_hash=content_hash,
         quantization=_quantization(config),
@@ -171,6 +171,11 @@ def _quantization(config: RunConfig) -> dict[str, Any] | None:
     if config.quantization is None:
         return None
     return {**config.quantization.model_dump(), "compute_dtype": config.compute_dtype}
+
+
+def _full_path(path: str) -> str:
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def _revision(config: RunConfig) -> str | None:
