@@ -105,9 +105,10 @@ def load_answerer(folder: Path, engine: EngineName = "auto", seed: int = 0, beam
 
 
 def _load_vllm(result: Result, seed: int, beams: bool) -> VLLMModel:
-    check_files(result)
     servable = find_servable(result)
-    prompting = load_prompting(result if servable.adapter else find_result(Path(servable.model)))
+    loaded = result if servable.adapter else find_result(Path(servable.model))
+    check_files(loaded)
+    prompting = load_prompting(loaded)
     tokenizer, stop_ids = prompting.tokenizer, prompting.stop_ids
     if beams and set(stop_ids) - {tokenizer.eos_token_id}:
         found = "vLLM's beam search knows no stop token but the tokenizer's EOS, and the model was trained with another"

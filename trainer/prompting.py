@@ -60,7 +60,7 @@ def load_prompting(result: Result) -> Prompting:
     base = locate_base(result)
     if result.config is None:
         return Prompting(load_tokenizer(base))
-    _warn_of(result.folder, base.tokenizer or base.path)
+    _warn_of(result.folder.resolve(), base.tokenizer or base.path)
     return Prompting(load_tokenizer(base), result.config.data.template)
 
 

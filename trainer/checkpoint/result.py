@@ -128,10 +128,10 @@ def _check_merged_from_own(run: RunDir) -> None:
 
 def training_of(result: Result) -> dict[str, Any]:
     """What is recorded of the training behind a result: step, base, data and sources, as far as they are known."""
-    for folder in (result.folder, result.folder.parent):  # its own manifest, or the one of the checkpoint it lies in
-        with contextlib.suppress(PacktrainError):
-            return training_in(read_manifest(folder))
-    return training_in(newest_manifest(result.run_dir)) if result.run_dir else {}
+    with contextlib.suppress(PacktrainError):
+        return training_in(read_manifest(result.folder))
+    record = _record_of_checkpoint(result.folder) or (newest_manifest(result.run_dir) if result.run_dir else {})
+    return training_in(record)
 
 
 def training_in(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -174,19 +174,19 @@ def _result_of_adapter(folder: Path, run_dir: RunDir | None) -> Result:
     if (folder / MANIFEST).exists() and (record := read_manifest(folder)).get("kind") == "adapter":
         return Result("adapter", folder, _recipe_in(folder, record), run_dir, record.get("base"))
     config = load_recipe(run_dir.recipe) if run_dir else None
-    base = _base_in_checkpoint(folder) or (newest_manifest(run_dir).get("base") if run_dir else None)
+    base = (_record_of_checkpoint(folder) or (newest_manifest(run_dir) if run_dir else {})).get("base")
     if config is None and (quantization := (base or {}).get("quantization")):
         found = f"it was trained on a base in {quantization['type']}, and its recipe is not here"
         raise UserError(str(folder), found, "an adapter with its manifest, or in its run", "name it inside its run")
     return Result("adapter", folder, config, run_dir, base)
 
 
-def _base_in_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The base's identity by the checkpoint that an adapter lies in."""
+def _record_of_checkpoint(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint that an adapter lies in; empty where it lies in none."""
     with contextlib.suppress(PacktrainError):
         record = read_manifest(folder.parent)
-        return record.get("base") if f"{folder.name}/{ADAPTER_WEIGHTS}" in record["files"] else None
-    return None
+        return record if f"{folder.name}/{ADAPTER_WEIGHTS}" in record["files"] else {}
+    return {}
 
 
 def _recipe_in(folder: Path, record: dict[str, Any]) -> RunConfig:
@@ -207,8 +207,8 @@ def _adapters_of_run(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
             _warn_of(damage)
         else:
             which = "best" if name == best else "newest" if name == names[0] else "newest intact"
-            state = run_dir.read_state().get("state", "not recorded")
-            yield run_dir.checkpoints / name / "adapter", f"the {which} checkpoint, {name}; the run's state is {state}"
+            state = run_dir.read_state().get("state", "in no recorded state")
+            yield run_dir.checkpoints / name / "adapter", f"the {which} checkpoint, {name}, of a run that was {state}"
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from trainer.checkpoint.layout import MANIFEST, hash_file, read_manifest
-from trainer.checkpoint.result import Result, check_files, enclosing_run
+from trainer.checkpoint.place import locate_base
+from trainer.checkpoint.result import Result, check_files, enclosing_run, find_result
 from trainer.config import ModelConfig, QuantizationConfig, RunConfig
 from trainer.errors import PacktrainError, UserError
 from trainer.export.base import EMBEDDING, HEAD, BaseTensors
@@ -48,8 +50,8 @@ class AsTrained:
         if missing := sorted(KEYS - self.manifest.keys()):
             raise PacktrainError(f"{folder / MANIFEST}: {', '.join(missing)} missing\n  fix: merge again")
         self.device = default_device()
-        self.base = BaseTensors(ModelConfig.model_validate(self.manifest["model"]), self.manifest["seed"])
         self.result = find_adapter(folder, self.manifest)
+        self.base = BaseTensors(self._locate_base(), self.manifest["seed"])
         self._check_base()
         self.adapter_tensors = load_file(self.result.folder / ADAPTER_WEIGHTS)
         self.dtype = getattr(torch, self.manifest["dtype"])
@@ -84,6 +86,10 @@ class AsTrained:
             weight = _dequantized(weight, quantization)
         return weight.to(torch.float32)
 
+    def _locate_base(self) -> ModelConfig:
+        model = ModelConfig.model_validate(self.manifest["model"])
+        return model if Path(model.path).exists() else locate_base(self.result)
+
     def _check_base(self) -> None:
         found, expected = self.base.content_hash(self._look), self.manifest["base"]["content_hash"]
         if found != expected:
@@ -114,8 +120,9 @@ def find_adapter(folder: Path, manifest: dict[str, Any]) -> Result:
     for name, expected in record["files"].items():
         if hash_file(place / name) != expected:
             raise PacktrainError(f"{place / name} is not the file that was merged\n  fix: merge again")
-    config = RunConfig.model_validate(manifest["recipe"]) if manifest["recipe"] else None
-    result = Result("adapter", place, config, enclosing_run(place), manifest["base"])
+    result = replace(find_result(place), base=manifest["base"])
+    if manifest["recipe"]:
+        result = replace(result, config=RunConfig.model_validate(manifest["recipe"]))
     check_files(result)
     check_adapter_config(place, result.adapter_recipe)
     return result

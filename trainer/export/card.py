@@ -162,11 +162,11 @@ def _merge(merged: MergeReport | None) -> Iterator[str]:
     yield f"Merged onto the base's {weights[merged.base]}: {merged.changed} of {merged.tensors} tensors changed"
     if merged.not_trained_on:
         yield (
-            f"The adapter was trained on these in {merged.not_trained_on}, not on the ones it is merged onto: this is "
-            "not the model that was trained, and answers otherwise"
+            f"The adapter was trained on the base in {merged.not_trained_on}, not on these weights: this is not the "
+            "model that was trained, and answers otherwise"
         )
     if merged.checkpoint:
-        yield f"The adapter is of {merged.checkpoint} when it was merged"
+        yield f"Adapter: {merged.checkpoint}"
     if merged.untrained:
         yield f"Modules whose adapter is zero: {merged.untrained}"
 

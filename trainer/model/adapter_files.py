@@ -140,7 +140,8 @@ def check_adapter_config(folder: Path, recipe: AdapterConfig | None = None) -> N
         )
     for name, trained in _fields_of(recipe).items() if recipe else ():
         if (config.get(name) or None) != (trained or None):
-            allowed = f"{trained or 'not set'}, by the recipe"
+            shown = f"{trained:g}" if isinstance(trained, float) else trained or "not set"
+            allowed = f"{shown}, by the recipe"
             raise UserError(str(file), f"{name} {config.get(name)}", allowed, "put back what training wrote")
 
 
