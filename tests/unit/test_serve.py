@@ -395,6 +395,15 @@ class TestCommand:
         settings = json.loads((Path(found["--generation-config"]) / "generation_config.json").read_text())
         assert set(settings["eos_token_id"]) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|pad|>")}
 
+    def test_of_an_adapter_copied_out_of_its_run(
+        self, tmp_path: Path, toy_recipe: Recipe, toy_model_dir: Path, capsys: Any
+    ) -> None:
+        """Its own manifest has the recipe: the dtype is the training's, not that of the base's files."""
+        run = finished_run(tmp_path / "run", toy_recipe(model={"dtype": "bfloat16"}, adapter=LORA), merged=False)
+        lone = run.adapter.rename(tmp_path / "lone")
+        command = printed_command(capsys, str(lone))
+        assert command[2] == str(toy_model_dir) and options_of(command)["--dtype"] == "bfloat16"
+
     def test_names_the_key_by_its_variable(
         self, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
