@@ -98,14 +98,8 @@ def verify(folder: Path, *, vllm: bool = False) -> None:
 
 
 def _print_proof(report: VerifyReport) -> None:
-    is_what = (
-        "is the adapter on the original base, on which it was not trained: "
-        f"that was the base in {report.not_trained_on}"
-        if report.not_trained_on
-        else "is the model that was trained"
-    )
     print(
-        f"{report.folder} {is_what} ({report.computed}, {report.seconds:.1f} s)\n"
+        f"{report.folder} is {report.what} ({report.computed}, {report.seconds:.1f} s)\n"
         f"  tensors: {report.tensors} compared with PEFT's float32 merge onto the {report.merged_onto} base, "
         f"{report.adapted} with an adapter; at most {report.rounded_otherwise:.2%} of one's elements lie one rounding "
         "step beside it\n"

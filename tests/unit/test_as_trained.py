@@ -228,6 +228,13 @@ def test_on_the_original_base_it_is_not_said_to_be_what_was_trained(place: Path,
     assert "is not the adapter on the original base" in packtrain("verify", "out", status=1)
 
 
+def test_of_an_adapter_without_a_record_nothing_is_claimed(place: Path, packtrain: Run) -> None:
+    lone = shutil.copytree(place / "run/adapter", place / "lone")
+    (lone / "manifest.json").unlink()
+    said = packtrain("merge", "lone", "--out", "out")
+    assert AS_TRAINED not in said and "how it was trained is not recorded" in said
+
+
 def test_the_base_is_found_where_it_was_in_training(
     place: Path, packtrain: Run, monkeypatch: pytest.MonkeyPatch, trained: Path
 ) -> None:

@@ -5,9 +5,9 @@ A run dir::
     recipe.yaml                 resolved recipe; nothing later rereads the original
     metrics.jsonl               one line a step, evaluation, sample or event
     state.json                  running, done, failed, preempted, cancelled; step; reason; time; blamed (a host)
-    checkpoints/step_00000100/  dcp/, adapter/ (PEFT) and manifest.json, written last
+    checkpoints/step_00000100/  dcp/, adapter/ (as at the end) or serving/, and manifest.json, written last
     best                        name of the best checkpoint's folder
-    adapter/ or model/          the result
+    adapter/ or model/          the result: all that it was trained with but the adapter's base, and manifest.json
     merged/                     base and adapter as one model
     logs/rank_0.log  tensorboard/  report.html
 """

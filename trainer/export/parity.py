@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint.layout import read_manifest
-from trainer.checkpoint.result import Result, find_result
+from trainer.checkpoint.result import Result, check_files, find_result
 from trainer.config import ModelConfig
 from trainer.errors import PacktrainError
 from trainer.export.as_trained import find_adapter
@@ -24,7 +24,6 @@ from trainer.export.parity_rows import ParityRow, collect_rows
 from trainer.export.references import Score, score_adapted, score_base_of_merge, score_plain
 from trainer.export.verify import find_merged
 from trainer.generate import default_device
-from trainer.model.tokenizer import load_tokenizer
 from trainer.prompting import Prompting, load_prompting
 from trainer.servable import Servable, find_servable
 from trainer.vllm_job import Answer, Job, Scores, Served, serve_in_child
@@ -258,11 +257,10 @@ def _job(servable: Servable, asked: list[ParityRow], scored: list[ParityRow], st
 
 
 def _prompting_of(result: Result) -> Prompting:
-    """Of the training: a merge's from the adapter that was merged, a full fine-tune's from its base."""
+    """Of the training: a merge's from the adapter that was merged, else the folder's own, which are as written."""
     if result.kind == "model" and find_merged(result.folder):
         return load_prompting(find_adapter(result.folder, read_manifest(result.folder)))
-    if result.kind == "model" and result.config:
-        return Prompting(load_tokenizer(result.config.model), result.config.data.template)
+    check_files(result)
     return load_prompting(result)
 
 

@@ -51,6 +51,7 @@ class VerifyReport:
         computed: dtype and device of the comparison.
         seconds: wall-clock time.
         validation: what merging did to the loss of some validation rows; None without such rows.
+        is_recorded: whether the recipe that the adapter was trained with is known.
     """
 
     folder: Path
@@ -65,6 +66,17 @@ class VerifyReport:
     computed: str
     seconds: float
     validation: ValidationLoss | None
+    is_recorded: bool
+
+    @property
+    def what(self) -> str:
+        """What the evidence shows the folder to be."""
+        if self.not_trained_on:
+            told = f"that was the base in {self.not_trained_on}"
+            return f"the adapter on the original base, on which it was not trained: {told}"
+        if not self.is_recorded:
+            return "the adapter on the base that its config names, and how it was trained is not recorded"
+        return "the model that was trained"
 
 
 def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> VerifyReport:
@@ -106,6 +118,7 @@ def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> Ver
         computed=f"float32 on {verifier.device.type}",
         seconds=round(time.monotonic() - started, 3),
         validation=verifier.validation,
+        is_recorded=verifier.result.config is not None,
     )
 
 
