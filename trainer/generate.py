@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.checkpoint.place import how_to_name, locate_base
+from trainer.checkpoint.place import locate_base
 from trainer.checkpoint.result import Result, check_files, find_result
 from trainer.config import RunConfig
 from trainer.data.formats import TEXT_ROLE
@@ -35,6 +35,7 @@ from trainer.data.masking import render_prompt, stop_token_ids
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import UserError
+from trainer.export.base import BaseTensors, check_config, check_unchanged
 from trainer.model.adapter_files import check_adapter_config, load_adapter
 from trainer.model.attention import cached_attention
 from trainer.model.folder import resolve_folder
@@ -203,22 +204,12 @@ def prompt_token_ids(
 def _load_own_adapter(result: Result, config: RunConfig, device: torch.device) -> nn.Module:
     """Base and adapter as they were trained."""
     assert config.adapter is not None
-    loaded = load_model(_without_packing(config.model_copy(update={"model": locate_base(result)})), device)
-    _check_base(loaded.base.content_hash, result)
+    model = locate_base(result)
+    check_config(model, result)
+    loaded = load_model(_without_packing(config.model_copy(update={"model": model})), device)
+    check_unchanged(BaseTensors(model, config.train.seed), loaded.base.content_hash, result)
     load_adapter(loaded.model, result.folder, config.adapter)
     return loaded.model
-
-
-def _check_base(content_hash: str, result: Result) -> None:
-    trained_on = (result.base or {}).get("content_hash", content_hash)
-    if content_hash != trained_on:
-        assert result.config is not None
-        raise UserError(
-            result.config.model.path,
-            f"the base has content hash {content_hash}, and the adapter was trained on {trained_on}",
-            "the very files that were trained on",
-            f"put them back, or {how_to_name(result)}",
-        )
 
 
 def _load_plain(folder: Path | str, device: torch.device) -> nn.Module:

@@ -92,7 +92,7 @@ def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
     """
     saved = newest_manifest(run)
     for key, what in {"base": "base model", "data": "training data"}.items():
-        if saved and _without_place(saved.get(key)) != _without_place(identity[key]):
+        if saved and not _is_same(saved.get(key), identity[key]):
             raise UserError(
                 str(run.path),
                 f"its checkpoints were trained with another {what}: {saved.get(key)}, now {identity[key]}",
@@ -100,9 +100,11 @@ def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
             )
 
 
-def _without_place(identity: Any) -> Any:
-    """Which base it is, wherever its files lie."""
-    return {k: v for k, v in identity.items() if k != "path"} if isinstance(identity, dict) else identity
+def _is_same(saved: Any, now: Any) -> bool:
+    """Of a base by all that was noted then, wherever its files lie."""
+    if not isinstance(saved, dict) or not isinstance(now, dict):
+        return saved == now
+    return all(now.get(name) == value for name, value in saved.items() if name != "path")
 
 
 def check_data(found: str, expected: str | None) -> None:

@@ -20,7 +20,7 @@ from trainer.checkpoint.result import ADAPTER_CONFIG, Result, merged_onto
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.export.adapter import read_adapter
-from trainer.export.base import EMBEDDING, BaseTensors, check_unchanged
+from trainer.export.base import EMBEDDING, BaseTensors, check_config, check_unchanged
 from trainer.model.adapter_files import check_adapter_config
 from trainer.model.decilm import PER_LAYER
 from trainer.model.folder import resolve_folder
@@ -192,6 +192,7 @@ def _unmerged(result: Result) -> Servable:
     config = _read_json(result.folder / ADAPTER_CONFIG)
     max_rank = _max_rank(result.folder, config)
     base = _base_of(result)
+    check_config(base, result)
     shape = _read_shape(base)
     dtype = result.config.model.dtype if result.config else _dtype(shape, base)
     if dtype == "float32":

@@ -140,6 +140,19 @@ def test_what_the_base_has_become_since_is_not_taken(change: str, place: Path, t
     assert load_for_inference(place / "run").prompt_ids(CHAT[:1]) == list(prompt["input_ids"])
 
 
+def test_a_base_whose_config_computes_otherwise_is_refused(place: Path, packtrain: Run) -> None:
+    packtrain("merge", "run")
+    config = json.loads((place / "base/config.json").read_text())
+    edit_json(place / "base/config.json", eos_token_id=7, use_cache=False)
+    assert AS_TRAINED in packtrain("verify", "run")
+    edit_json(place / "base/config.json", rms_norm_eps=0.01)
+    commands = [["merge", "run", "--out", "out"], ["verify", "run"], ["generate", "run", "--prompt", "a"]]
+    for command in [*commands, ["serve", "run/adapter", "--print"], ["evaluate", "run"]]:
+        said = packtrain(*command, status=2)
+        assert f"rms_norm_eps is 0.01, and was {config['rms_norm_eps']!r} in training" in said
+    assert "another base model" in packtrain("train", "recipe.yaml", "--run-dir", "run", status=2)
+
+
 def test_a_template_file_that_was_edited_since(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:
     file = tmp_path / "own.jinja"
     text = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
@@ -311,7 +324,8 @@ def _as_earlier_versions_wrote(step: Path) -> None:
         if file.name not in (WEIGHTS, CONFIG):
             file.unlink()
     manifest = read_manifest(step)
-    write_manifest(step, manifest | {"base": manifest["base"] | {"path": "base"}})
+    base = {name: value for name, value in manifest["base"].items() if name != "config"}
+    write_manifest(step, manifest | {"base": base | {"path": "base"}})
 
 
 def test_checkpoints_of_earlier_versions_go_on(place: Path, packtrain: Run, caplog: pytest.LogCaptureFixture) -> None:

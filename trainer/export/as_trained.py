@@ -20,7 +20,7 @@ from trainer.checkpoint.place import locate_base
 from trainer.checkpoint.result import Result, check_files, enclosing_run, find_result
 from trainer.config import ModelConfig, QuantizationConfig, RunConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.export.base import EMBEDDING, HEAD, BaseTensors
+from trainer.export.base import EMBEDDING, HEAD, BaseTensors, check_config
 from trainer.export.streaming import build_empty
 from trainer.export.verify_files import read_exported_config
 from trainer.generate import default_device
@@ -91,6 +91,7 @@ class AsTrained:
         return model if Path(model.path).exists() else locate_base(self.result)
 
     def _check_base(self) -> None:
+        check_config(self.base.model, self.result)
         found, expected = self.base.content_hash(self._look), self.manifest["base"]["content_hash"]
         if found != expected:
             raise PacktrainError(

@@ -23,6 +23,7 @@ from trainer.model.weights import (
     STALE_SUFFIX,
     base_content_hash,
     build_on_meta,
+    computing_config,
     load_base_config,
     random_parameter,
     weight_files,
@@ -148,4 +149,22 @@ def check_unchanged(base: BaseTensors, found: str, result: Result) -> None:
             f"the base has content hash {found}, and the adapter was trained on {trained_on}",
             "the very files that were trained on",
             f"put them back, or {how_to_name(result)}",
+        )
+
+
+def check_config(model: ModelConfig, result: Result) -> None:
+    """Compares what the base's ``config.json`` has the weights compute with what it was in training, if that is known.
+
+    Raises:
+        UserError: a field is another one now.
+    """
+    trained = (result.base or {}).get("config")
+    now = computing_config(model) if trained else None
+    if trained and now is not None and now != trained:
+        name = next(name for name in sorted(trained.keys() | now.keys()) if trained.get(name) != now.get(name))
+        raise UserError(
+            f"{model.path}, config.json",
+            f"{name} is {now.get(name)!r}, and was {trained.get(name)!r} in training",
+            "the very file that was trained with",
+            f"put it back, or {how_to_name(result)}",
         )

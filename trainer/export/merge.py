@@ -34,6 +34,7 @@ from trainer.generate import default_device
 from trainer.host_checks import versions
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainer.model.quantized import Fingerprint, format_of
+from trainer.model.weights import computing_config
 from trainer.prompting import load_prompting
 
 logger = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class Merger:
                 **(self.result.base or {}),
                 "path": model["path"],
                 "content_hash": self.content_hash,
+                "config": computing_config(self.base.model),
                 "nf4_fingerprint": self.fingerprint.text() if self.plan.quantization else None,
             },
             "quantization": self.plan.quantization

@@ -14,7 +14,7 @@ import torch
 from trainer.checkpoint.result import Result, check_files
 from trainer.errors import UserError
 from trainer.export.adapter import Adapter, read_adapter
-from trainer.export.base import EMBEDDING, HEAD, BaseTensors, base_of_result
+from trainer.export.base import EMBEDDING, HEAD, BaseTensors, base_of_result, check_config
 from trainer.export.kv_heads import KVHeads
 from trainer.export.shards import Spec
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
@@ -42,6 +42,7 @@ class MergePlan:
         self.result, self.adapter = result, read_adapter(result.folder, result.adapter_recipe)
         check_files(result)
         self.base = base_of_result(result)
+        check_config(self.base.model, result)
         self.config = copy.deepcopy(as_llama(self.base.config))
         self.kv_heads = KVHeads.of(self.config.to_dict())
         config = result.config
