@@ -38,7 +38,7 @@ def merge(
             before the folder appears.
     """
     from trainer.checkpoint.layout import RunDir
-    from trainer.checkpoint.result import find_result
+    from trainer.checkpoint.result import enclosing_run, find_result, is_run
     from trainer.export.consolidate import consolidate
     from trainer.export.merge import merge_adapter
     from trainer.export.result import full_checkpoint
@@ -53,8 +53,9 @@ def merge(
         )
         return
     if out is None:
-        run_dir: RunDir | None = find_result(source).run_dir
+        run_dir = RunDir(source) if is_run(source) else enclosing_run(source)
         if run_dir is None:
+            find_result(source)  # says so where there is nothing to merge
             raise UserError("--out", "not given, and the adapter lies in no run", "a folder that does not exist yet")
         out = run_dir.merged
 
@@ -67,7 +68,9 @@ def merge(
     report = merge_adapter(source, out, base, approve=approve)
     print(
         f"{report.out}: {report.tensors} tensors, {report.changed} changed, merged onto the {report.base} base, "
-        f"{report.num_bytes / 2**30:.2f} GiB in {report.seconds:.1f} s"
+        + (f"on which the adapter was not trained ({report.not_trained_on}), " if report.not_trained_on else "")
+        + f"{report.num_bytes / 2**30:.2f} GiB in {report.seconds:.1f} s"
+        + (f"\n  taken from {report.checkpoint}" if report.checkpoint else "")
     )
 
 
@@ -130,7 +133,7 @@ def _print_model(report: ModelReport) -> None:
 
 def _print_proof(report: VerifyReport) -> None:
     print(
-        f"{report.folder} is the model that was trained ({report.computed}, {report.seconds:.1f} s)\n"
+        f"{report.folder} is {report.what} ({report.computed}, {report.seconds:.1f} s)\n"
         f"  tensors: {report.tensors} compared with PEFT's float32 merge onto the {report.merged_onto} base, "
         f"{report.adapted} with an adapter; at most {report.rounded_otherwise:.2%} of one's elements lie one rounding "
         "step beside it\n"

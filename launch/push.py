@@ -77,6 +77,10 @@ def push(folder: Path, *, repo: str, base: str | None = None, public: bool = Fal
         if given is not None and not REPO.fullmatch(given):
             raise UserError(option, f"found {given!r}", "OWNER/NAME")
     result = find_finished(folder)
+    if result.kind == "adapter":
+        from trainer.model.adapter_files import check_adapter_config
+
+        check_adapter_config(result.folder, result.adapter_recipe)
     files = list(_collect(result, base))
     _check_secrets(files)
     _print_files(files)

@@ -13,13 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from trainer.checkpoint.result import Result, find_result
-from trainer.data.masking import load_template, stop_token_ids
+from trainer.checkpoint.result import Result, check_files, find_result
 from trainer.data.templates import Template
 from trainer.errors import UserError
 from trainer.generate import load_for_inference, prompt_token_ids
-from trainer.model.tokenizer import load_tokenizer
-from trainer.servable import WITHOUT_VLLM, CannotServe, Servable, find_servable, vllm_is_usable
+from trainer.prompting import load_prompting
+from trainer.servable import WITHOUT_VLLM, CannotServe, find_servable, vllm_is_usable
 
 if TYPE_CHECKING:
     from trainer.vllm_engine import VLLMEngine
@@ -107,8 +106,10 @@ def load_answerer(folder: Path, engine: EngineName = "auto", seed: int = 0, beam
 
 def _load_vllm(result: Result, seed: int, beams: bool) -> VLLMModel:
     servable = find_servable(result)
-    tokenizer, template = prompting(result, servable)
-    stop_ids = stop_token_ids(template, tokenizer)
+    loaded = result if servable.adapter else find_result(Path(servable.model))
+    check_files(loaded)
+    prompting = load_prompting(loaded)
+    tokenizer, stop_ids = prompting.tokenizer, prompting.stop_ids
     if beams and set(stop_ids) - {tokenizer.eos_token_id}:
         found = "vLLM's beam search knows no stop token but the tokenizer's EOS, and the model was trained with another"
         raise CannotServe("num_beams", found, "1", "--engine transformers")
@@ -117,13 +118,4 @@ def _load_vllm(result: Result, seed: int, beams: bool) -> VLLMModel:
     logger.info("starting vLLM; VLLM_LOGGING_LEVEL=INFO has it say what it does")
     from trainer.vllm_engine import VLLMEngine
 
-    return VLLMModel(VLLMEngine(servable, seed=seed), tokenizer, template, stop_ids)
-
-
-def prompting(result: Result, servable: Servable) -> tuple[PreTrainedTokenizerBase, Template]:
-    """Tokenizer and template that prompts are rendered with: those of the training, where it is known."""
-    if servable.adapter and result.config:
-        tokenizer = load_tokenizer(result.config.model)
-        return tokenizer, load_template(result.config.data.template, tokenizer)
-    tokenizer = load_tokenizer(servable.tokenizer_source)
-    return tokenizer, load_template("tokenizer", tokenizer)
+    return VLLMModel(VLLMEngine(servable, seed=seed), tokenizer, prompting.template, stop_ids)

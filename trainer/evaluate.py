@@ -16,6 +16,7 @@ from blake3 import blake3
 from torch import nn
 
 from trainer.answers import is_equal, word_f1
+from trainer.checkpoint.base_location import locate_base
 from trainer.checkpoint.result import Result, find_result
 from trainer.config import ModelConfig, RunConfig
 from trainer.data.cache import ArrowPacks
@@ -173,8 +174,10 @@ def _look_at(path: Path, given: RunConfig | None) -> Candidate:
     result = None if path.is_file() else find_result(path)
     config = result.config if result else load_recipe(path)
     if result and result.kind == "adapter":
-        check_adapter(result.folder)
-    if result and result.kind == "model":
+        check_adapter(result.folder, result.adapter_recipe)
+        if config:
+            list_tensors(locate_base(result))
+    elif result:
         if any(result.folder.glob("*.safetensors")):
             list_tensors(ModelConfig(path=str(result.folder)))
     elif config:
@@ -252,15 +255,23 @@ def _evaluate(
         loaded = load_base(candidate.config, device)
     else:
         loaded = load_for_inference(candidate.path, device)
-    packs = dict(load_splits(candidate.data, loaded.tokenizer).items())[split]
-    examples = _first(load_split_examples(candidate.data, split, loaded.tokenizer), max_rows) if exact_match else []
+    data = _as_trained(candidate, loaded)
+    packs = dict(load_splits(data, loaded.tokenizer).items())[split]
+    examples = _first(load_split_examples(data, split, loaded.tokenizer), max_rows) if exact_match else []
     references = [reference_answer(example) for example in examples]
-    tallies = _tally_tokens(loaded.model, packs, candidate.config or candidate.data, device)
+    tallies = _tally_tokens(loaded.model, packs, candidate.config or data, device)
     if examples:
-        _tally_answers(tallies, loaded, examples, references, candidate.data)
+        _tally_answers(tallies, loaded, examples, references, data)
     total = sum(tallies.values(), _Tally()).score()
     scores = {source: tally.score() for source, tally in tallies.items()} if len(tallies) > 1 else {}
     return Evaluation(candidate.path, split, total, scores, _base_bytes(loaded.model) / 2**30)
+
+
+def _as_trained(candidate: Candidate, loaded: InferenceModel) -> RunConfig:
+    """The recipe of the rows, which are rendered by a model's own template unless another recipe is given for them."""
+    if candidate.result is None or candidate.data is not candidate.config:
+        return candidate.data
+    return loaded.prompting.as_trained(candidate.data)
 
 
 def _first(examples: list[Example], max_rows: int | None) -> list[Example]:

@@ -6,7 +6,6 @@ Prompts are rendered by the code that rendered the training rows, so a model is 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,19 +26,23 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.checkpoint.result import ADAPTER_CONFIG, Result, check_adapter, find_result
-from trainer.config import ModelConfig, RunConfig
+from trainer.checkpoint.base_location import locate_base
+from trainer.checkpoint.result import Result, check_files, find_result
+from trainer.config import RunConfig
 from trainer.data.formats import TEXT_ROLE
 from trainer.data.layout import Rejected
-from trainer.data.masking import load_template, render_prompt, stop_token_ids
+from trainer.data.masking import render_prompt, stop_token_ids
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import UserError
+from trainer.export.base import BaseTensors, check_config, check_unchanged
 from trainer.model.adapter_files import check_adapter_config, load_adapter
 from trainer.model.attention import cached_attention
+from trainer.model.folder import resolve_folder
 from trainer.model.load import load_model
 from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import read_config
+from trainer.prompting import Prompting, load_prompting
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,27 @@ class InferenceModel:
     """A model ready to answer, with what renders its prompts.
 
     Attributes:
+        prompting: how conversations become tokens.
         config: the recipe it was trained with, when the folder records one.
-        template: how conversations become tokens.
     """
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
+    prompting: Prompting
     config: RunConfig | None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer it was trained with."""
+        return self.prompting.tokenizer
+
+    @property
+    def template(self) -> Template:
+        """The template it was trained with."""
+        return self.prompting.template
 
     def answer(self, prompt_ids: Sequence[list[int]], max_new_tokens: int, **settings: Any) -> list[str]:
         """`generate` with this model, ending at the stop token trained with."""
-        stop_ids = stop_token_ids(self.template, self.tokenizer)
+        stop_ids = self.prompting.stop_ids
         return generate(self.model, self.tokenizer, prompt_ids, max_new_tokens, stop_ids=stop_ids, **settings)
 
     def prompt_ids(self, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
@@ -75,23 +87,19 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Infe
     """Loads a run dir (base and adapter as trained), a merged or plain model folder, or an adapter folder.
 
     Raises:
-        UserError: the folder holds none of these.
+        UserError: the folder holds none of these, or files that are not as their manifest says.
     """
     device = device or default_device()
     result = find_result(folder)
+    check_files(result)
+    prompting = load_prompting(result)
     if result.kind == "model":
-        own = load_tokenizer(ModelConfig(path=str(result.folder)))
-        model = _load_plain(result.folder, device).eval()
-        return InferenceModel(model, own, load_template("tokenizer", own), result.config)
-    if result.config is None:
-        return _load_foreign_adapter(result, device)
-    tokenizer = load_tokenizer(result.config.model)
-    loaded = load_model(_without_packing(result.config), device)
-    _check_base(loaded.base.content_hash, result)
-    load_adapter(loaded.model, result.folder)
-    check_adapter(result.folder)
-    template = load_template(result.config.data.template, tokenizer)
-    return InferenceModel(loaded.model.eval(), tokenizer, template, result.config)
+        model = _load_plain(result.folder, device)
+    elif result.config is None:
+        model = _load_foreign_adapter(result, device)
+    else:
+        model = _load_own_adapter(result, result.config, device)
+    return InferenceModel(model.eval(), prompting, result.config)
 
 
 def load_base(config: RunConfig, device: torch.device | None = None) -> InferenceModel:
@@ -104,7 +112,7 @@ def load_base(config: RunConfig, device: torch.device | None = None) -> Inferenc
     model = load_model(
         _without_packing(config), device or default_device()
     ).model.eval()  # a fresh adapter changes nothing
-    return InferenceModel(model, tokenizer, load_template(config.data.template, tokenizer), config)
+    return InferenceModel(model, Prompting(tokenizer, config.data.template), config)
 
 
 def _without_packing(config: RunConfig) -> RunConfig:
@@ -193,16 +201,15 @@ def prompt_token_ids(
     return ids
 
 
-def _check_base(content_hash: str, result: Result) -> None:
-    trained_on = (result.base or {}).get("content_hash", content_hash)
-    if content_hash != trained_on:
-        assert result.config is not None
-        raise UserError(
-            result.config.model.path,
-            f"the base has content hash {content_hash}, and the adapter was trained on {trained_on}",
-            "the very files that were trained on",
-            "put them back",
-        )
+def _load_own_adapter(result: Result, config: RunConfig, device: torch.device) -> nn.Module:
+    """Base and adapter as they were trained."""
+    assert config.adapter is not None
+    model = locate_base(result)
+    check_config(model, result)
+    loaded = load_model(_without_packing(config.model_copy(update={"model": model})), device)
+    check_unchanged(BaseTensors(model, config.train.seed), loaded.base.content_hash, result)
+    load_adapter(loaded.model, result.folder, config.adapter)
+    return loaded.model
 
 
 def _load_plain(folder: Path | str, device: torch.device) -> nn.Module:
@@ -228,27 +235,19 @@ def _load_plain(folder: Path | str, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _load_foreign_adapter(result: Result, device: torch.device) -> InferenceModel:
-    """An adapter that no run of ours surrounds: PEFT knows what to do with it."""
+def _load_foreign_adapter(result: Result, device: torch.device) -> nn.Module:
+    """An adapter that no run of ours made: PEFT knows what to do with it."""
     from peft import PeftModel
 
     check_adapter_config(result.folder)
-    base = json.loads((result.folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            str(result.folder / ADAPTER_CONFIG), "base_model_name_or_path is empty", "the base's folder or id"
-        )
-    plain = _load_plain(base, device)
+    plain = _load_plain(resolve_folder(locate_base(result)), device)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(plain, str(result.folder))
+            return PeftModel.from_pretrained(plain, str(result.folder))
     except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(str(result.folder), f"PEFT cannot load it: {reason}", "a folder that PEFT wrote") from error
-    own_tokenizer = (result.folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(ModelConfig(path=str(result.folder if own_tokenizer else base)))
-    return InferenceModel(model.eval(), tokenizer, load_template("tokenizer", tokenizer), None)
 
 
 def _generation_settings(

@@ -92,12 +92,19 @@ def check_identity(run: RunDir, identity: dict[str, Any]) -> None:
     """
     saved = newest_manifest(run)
     for key, what in {"base": "base model", "data": "training data"}.items():
-        if saved and saved.get(key) != identity[key]:
+        if saved and not _is_same(saved.get(key), identity[key]):
             raise UserError(
                 str(run.path),
                 f"its checkpoints were trained with another {what}: {saved.get(key)}, now {identity[key]}",
                 fix="restore what was there, or train anew into another --run-dir",
             )
+
+
+def _is_same(saved: Any, now: Any) -> bool:
+    """Of a base by all that was noted then, wherever its files lie."""
+    if not isinstance(saved, dict) or not isinstance(now, dict):
+        return saved == now
+    return all(now.get(name) == value for name, value in saved.items() if name != "path")
 
 
 def check_data(found: str, expected: str | None) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,8 @@ def _train_together(
     base = _load(config, built, root, strategy, watchdog, check_stop)
     logger.info("base in place after %.1f s", time.perf_counter() - started)
     watchdog.mark(0, "preparing to train")
-    check_same_everywhere(processes, {"model.path": json.dumps(asdict(base))})
+    # Its folder may have another name on each host: what is in it counts.
+    check_same_everywhere(processes, {"model.path": json.dumps(asdict(replace(base, path="")))})
     identity = {"base": asdict(base), "data": splits.fingerprint, "sources": splits.sources}
     check_identity(run, identity)
 
@@ -192,7 +193,9 @@ def _fit(
     watchdog: Watchdog,
 ) -> None:
     processes = strategy.processes
-    finish = finish_adapter(model) if config.adapter else finish_full(config, model.config, tokenizer)
+    finish = (
+        finish_adapter(config, model, tokenizer) if config.adapter else finish_full(config, model.config, tokenizer)
+    )
     identity = identity | {"recipe": hash_file(run.recipe), "world_size": processes.world_size}
     identity["strategy"] = config.strategy.model_dump() | {"kind": strategy.name}
     with watchdog.alone("checking the checkpoints"):  # every byte of the newest

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.result import ADAPTER_CONFIG, Result, merged_onto, training_of
+from trainer.checkpoint.base_location import locate_base
+from trainer.checkpoint.result import ADAPTER_CONFIG, Result, merged_onto
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.export.adapter import read_adapter
-from trainer.export.base import EMBEDDING, BaseTensors, check_unchanged
+from trainer.export.base import EMBEDDING, BaseTensors, check_config, check_unchanged
 from trainer.model.adapter_files import check_adapter_config
 from trainer.model.decilm import PER_LAYER
 from trainer.model.folder import resolve_folder
@@ -196,16 +197,18 @@ def _whole_model(folder: Path) -> Servable:
 
 
 def _unmerged(result: Result) -> Servable:
-    check_adapter_config(result.folder)
+    recipe = result.adapter_recipe
+    check_adapter_config(result.folder, recipe)
     config = _read_json(result.folder / ADAPTER_CONFIG)
     max_rank = _max_rank(result.folder, config)
-    base = _base_of(result, config)
+    base = _base_of(result)
+    check_config(base, result)
     shape = _read_shape(base)
     dtype = result.config.model.dtype if result.config else _dtype(shape, base)
     if dtype == "float32":
         found = "trained in float32, and vLLM computes adapters in 16 bits"
         raise CannotServe(str(result.folder), found, "bfloat16 or float16, unmerged", MERGE)
-    if replaced := read_adapter(result.folder).replaced:
+    if replaced := read_adapter(result.folder, recipe).replaced:
         found = f"it brings {next(iter(replaced))} of its own, which vLLM does not take from an adapter"
         raise CannotServe(str(result.folder), found, "LoRA or rsLoRA alone, unmerged", MERGE)
     folder = str(result.folder.resolve())
@@ -247,23 +250,12 @@ def _max_rank(folder: Path, config: dict[str, Any]) -> int:
     return next(rank for rank in LORA_RANKS if rank >= config["r"])
 
 
-def _base_of(result: Result, config: dict[str, Any]) -> ModelConfig:
-    """The base that the run's recipe names, at the commit that was trained on; else the one PEFT's config names."""
-    if result.config is None:
-        path = config.get("base_model_name_or_path")
-        if not path:
-            file = str(result.folder / ADAPTER_CONFIG)
-            raise UserError(file, "base_model_name_or_path is empty", "the base's folder or hub id")
-        return _absolute(ModelConfig(path=path, revision=config.get("revision")))
-    model = result.config.model
+def _base_of(result: Result) -> ModelConfig:
+    """The base trained on, by its full path; of one on the hub at the commit that was trained on."""
+    model = locate_base(result)
     if model.init == "random":
         found = "random: the base was made from a seed and has no files that vLLM could load"
         raise CannotServe("model.init", found, "pretrained, unmerged", MERGE)
-    recorded = (training_of(result).get("base") or {}).get("revision")
-    return _absolute(model.model_copy(update={"revision": recorded or model.revision}))
-
-
-def _absolute(model: ModelConfig) -> ModelConfig:
     folder = Path(model.path).expanduser()
     return model.model_copy(update={"path": str(folder.resolve()), "revision": None}) if folder.is_dir() else model
 

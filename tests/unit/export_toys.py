@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +12,19 @@ import torch
 
 from trainer.checkpoint.layout import RunDir, write_atomically, write_manifest
 from trainer.config import QuantizationConfig, RunConfig
+from trainer.export.serving import write_serving_files
 from trainer.model.adapter_files import save_adapter
+from trainer.model.folder import base_folder
 from trainer.model.load import load_model
+from trainer.model.tokenizer import load_tokenizer
+from trainer.model.weights import load_base_config
 from trainer.recipe import dump_recipe
 
 
 def make_run(
     path: Path, config: RunConfig, size: float = 0.05, train: Callable[[torch.nn.Module], None] | None = None
 ) -> Path:
-    """A run dir as a finished training leaves it.
+    """A run dir as a finished training leaves it, but for the hashes of its adapter, which tests edit.
 
     Args:
         size: of the random numbers that every trained tensor is moved by.
@@ -33,8 +38,9 @@ def make_run(
         shake(loaded.model, size)
     write_atomically(run.recipe, dump_recipe(config))
     save_adapter(loaded.model, run.adapter)
-    run.step_dir(1).mkdir(parents=True)
-    save_adapter(loaded.model, run.step_dir(1) / "adapter")
+    tokenizer, shape = load_tokenizer(config.model), load_base_config(config.model)
+    write_serving_files(run.adapter, base_folder(config.model), shape, tokenizer, config.data.template)
+    shutil.copytree(run.adapter, run.step_dir(1) / "adapter")
     write_manifest(run.step_dir(1), {"step": 1, "base": asdict(loaded.base), "data": "0" * 8})
     return path
 

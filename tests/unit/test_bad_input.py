@@ -597,6 +597,7 @@ def test_a_broken_adapter_neither_answers_nor_merges(
     damage: str, finished_run: Path, tmp_path: Path, refuses: Refuses
 ) -> None:
     adapter = shutil.copytree(finished_run / "adapter", tmp_path / "adapter")
+    (adapter / "manifest.json").unlink()  # PEFT's files alone
     BROKEN_ADAPTERS[damage](adapter)
     refuses(["generate", adapter, "--prompt", "a"])
     refuses(["merge", adapter, "--out", tmp_path / "out"])
@@ -606,17 +607,18 @@ def test_a_broken_adapter_neither_answers_nor_merges(
 def test_an_adapter_with_a_flipped_bit_neither_answers_nor_merges(run: RunDir, refuses: Refuses) -> None:
     said = (str(run.adapter / ADAPTER), "does not have the hash its manifest says", f"delete {run.adapter}")
     flip_a_bit(run.adapter / ADAPTER)
-    refuses(["generate", run.path, "--prompt", "a"], *said, status=EXIT_FAILURE)
-    refuses(["merge", run.path, "--out", run.path.parent / "out"], *said, status=EXIT_FAILURE)
+    refuses(["generate", run.path, "--prompt", "a"], *said)
+    refuses(["merge", run.path, "--out", run.path.parent / "out"], *said)
     assert not list(run.path.glob("out*"))
     shutil.rmtree(run.adapter)
     checkpoint = run.step_dir(run.steps()[-1])
     flip_a_bit(checkpoint / "adapter" / ADAPTER)
-    refuses(["merge", checkpoint, "--out", run.path.parent / "out"], "does not have the hash", status=EXIT_FAILURE)
+    refuses(["merge", checkpoint, "--out", run.path.parent / "out"], "does not have the hash")
 
 
 def test_missing_adapter_weights_are_no_adapter(finished_run: Path, tmp_path: Path, refuses: Refuses) -> None:
     adapter = shutil.copytree(finished_run / "adapter", tmp_path / "adapter")
+    (adapter / "manifest.json").unlink()
     edit_tensors(adapter / ADAPTER, lambda tensors: [tensors.pop(name) for name in list(tensors) if "q_proj" in name])
     refuses(["generate", adapter, "--prompt", "a"], "missing adapter keys")
 

@@ -296,7 +296,7 @@ class TestTheResult:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.0 - parameter.requires_grad * 1.0)
-        save(run, state, finish_adapter(model))
+        save(run, state, finish_adapter(config, model, load_tokenizer(config.model)))
         write_result(run, 1, config, load_tokenizer(config.model))
 
         base: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
@@ -330,9 +330,10 @@ class TestRefusals:
         self.refuse(PacktrainError, step, "manifest.json.*\n.*fix: take another")
 
     def test_an_adapters_checkpoint(self, tmp_path: Path, toy_recipe: Recipe) -> None:
-        model: Any = load_model(toy_recipe(adapter={"r": 4}), CPU).model
+        config = toy_recipe(adapter={"r": 4})
+        model: Any = load_model(config, CPU).model
         state = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        save(RunDir(tmp_path / "run"), state, finish_adapter(model))
+        save(RunDir(tmp_path / "run"), state, finish_adapter(config, model, load_tokenizer(config.model)))
         self.refuse(UserError, RunDir(tmp_path / "run").step_dir(1), "the checkpoint of an adapter")
 
     def test_no_checkpoint(self, step: Path, toy_model_dir: Path) -> None:

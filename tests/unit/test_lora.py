@@ -246,7 +246,7 @@ def test_saved_and_loaded_again(toy_recipe: Recipe, quantized: bool, extra: dict
     fresh = load_model(config, CPU).model
     assert not torch.allclose(logits(fresh), logits(model), atol=1e-3)
 
-    load_adapter(fresh, tmp_path)
+    load_adapter(fresh, tmp_path, config.adapter)
 
     assert torch.equal(logits(fresh), logits(model))
 
@@ -260,7 +260,7 @@ def test_loads_an_adapter_made_by_peft(toy_recipe: Recipe, tmp_path: Path) -> No
     plain.save_pretrained(tmp_path)
     model = load_model(config, CPU).model
 
-    load_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, config.adapter)
 
     torch.testing.assert_close(logits(model), logits(plain), atol=2e-6, rtol=1e-5)
 
@@ -311,7 +311,7 @@ def test_refuses_an_adapter_that_does_not_fit(toy_recipe: Recipe, damage: str, t
     spoil(tmp_path)
 
     with pytest.raises(UserError, match=message):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, toy_recipe(adapter={"r": 4}).adapter)
 
     assert torch.equal(logits(model), before)
 

@@ -331,6 +331,15 @@ class TestRefusals:
         file.write_bytes(file.read_bytes()[:-100])
         self.refuse(run, tmp_path / "out", "truncated")
 
+    @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+    def test_a_number_that_is_none(self, run: Path, tmp_path: Path, number: float) -> None:
+        file = run / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = sorted(name for name in tensors if "lora_B" in name)[3]
+        tensors[name][1, 2] = number
+        save_file(tensors, file)
+        self.refuse(run, tmp_path / "out", f"adapter_model.safetensors: tensor {re.escape(name)} holds NaN or Inf")
+
     @pytest.mark.parametrize("length", [0, 100, -100])
     def test_truncated_base(self, run: Path, tmp_path: Path, length: int) -> None:
         file = tmp_path / "base" / "model.safetensors"
@@ -346,7 +355,7 @@ class TestRefusals:
             self.refuse(run, tmp_path / "out", f"{name} {value}")
 
     def test_generation_config_that_is_none(self, run: Path, tmp_path: Path) -> None:
-        (tmp_path / "base" / "generation_config.json").write_text("{\n")
+        (run / "adapter" / "generation_config.json").write_text("{\n")
         self.refuse(run, tmp_path / "out", r"generation_config\.json.*no JSON object")
 
     def test_adapter_kind_that_is_more_than_low_rank(self, run: Path, tmp_path: Path) -> None:
@@ -365,8 +374,21 @@ def test_untrained_adapter_is_said(
     tmp_path: Path, toy_recipe: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
     report = merge_adapter(make_run(tmp_path / "run", toy_recipe(adapter=LORA), size=0.0), tmp_path / "out")
-    assert report.untrained == 14
+    assert (report.untrained, report.changed) == (14, 0)
     assert "14 of 14 adapters are zero" in caplog.text
+
+
+def test_only_the_modules_that_were_trained_count_as_changed(
+    tmp_path: Path, toy_recipe: Callable[..., RunConfig], toy_model_dir: Path
+) -> None:
+    run = make_run(tmp_path / "run", toy_recipe(adapter=LORA))
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: t * 0 if "lora_B" in k and ".layers.1." in k else t for k, t in tensors.items()}, file)
+    report = merge_adapter(run, tmp_path / "out")
+    base, merged = load_file(toy_model_dir / "model.safetensors"), merged_tensors(tmp_path / "out")
+    assert report.changed == sum(not torch.equal(tensor, base[name]) for name, tensor in merged.items()) == 7
+    assert f"7 of {len(base)} tensors changed" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_other_bytes_than_trained_on_are_refused(tmp_path: Path, toy_recipe: Callable[..., RunConfig]) -> None:

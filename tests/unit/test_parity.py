@@ -114,7 +114,7 @@ def run_of(made: Path, base: Path, tmp_path: Path, toy_recipe: Callable[..., Run
 
             def train(model: Any) -> None:
                 if learnt.exists():
-                    load_adapter(model, learnt)
+                    load_adapter(model, learnt, config.adapter)
                 else:
                     teach(model, tokenizer, rows, steps=20, lr=1e-2)
 
@@ -260,6 +260,8 @@ class TestWrongMerge:
         for folder in (other / "adapter", other / "checkpoints/step_00000001/adapter"):
             config = json.loads((folder / "adapter_config.json").read_text())
             (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["r"]}))
+        recipe = (other / "recipe.yaml").read_text()
+        (other / "recipe.yaml").write_text(re.sub(r"alpha: .*", f"alpha: {config['r']}.0", recipe))
         merge_adapter(other, tmp_path / "wrong")
         share, logits = self.catch_merge(run, tmp_path / "wrong")
         assert share > 10 * MAX_ROUNDED_OTHERWISE
@@ -275,7 +277,7 @@ class TestWrongMerge:
         assert share > 10 * MAX_ROUNDED_OTHERWISE
 
 
-def test_what_vllm_would_make_another_model_of_is_not_served(run_of: Make) -> None:
+def test_what_vllm_would_make_another_model_of_is_not_served(run_of: Make, tmp_path: Path) -> None:
     """Nothing of it is loaded: the reason comes from the files."""
     run = run_of(quantized=True)
     shutil.rmtree(run / "merged")
@@ -284,6 +286,8 @@ def test_what_vllm_would_make_another_model_of_is_not_served(run_of: Make) -> No
     run = run_of()
     config = run / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "alpha_pattern": {"q_proj": 64}}))
-    shutil.rmtree(run / "merged")
-    with pytest.raises(CannotServe, match="vLLM applies no adapter with alpha_pattern"):
+    with pytest.raises(UserError, match="alpha_pattern .*\n.*not set, by the recipe"):
         find_servable(find_result(run / "adapter"))
+    lone = shutil.copytree(run / "adapter", tmp_path / "lone")
+    with pytest.raises(CannotServe, match="vLLM applies no adapter with alpha_pattern"):
+        find_servable(find_result(lone))

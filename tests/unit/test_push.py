@@ -147,7 +147,7 @@ class TestBeforeAnythingIsSent:
     def test_a_damaged_folder(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
         victim = run.merged / "model.safetensors"
         victim.write_bytes(victim.read_bytes()[:-1])
-        assert cli.main(["push", str(run.path), "--repo", "llamas/hum", "--dry-run"]) == 1
+        assert cli.main(["push", str(run.path), "--repo", "llamas/hum", "--dry-run"]) == 2
         assert str(victim) in capsys.readouterr().err
 
     def test_a_run_that_is_not_done(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,7 @@ def test_training_goes_on_while_the_best_checkpoint_of_a_step_with_a_checkpoint_
     next_step = threading.Event()
     train_step, waited = TrainLoop.train_step, []
 
-    def slow_finish(model):
+    def slow_finish(config, model, tokenizer):
         return lambda folder, saved: waited.append(next_step.wait(20))
 
     def note_step(loop):

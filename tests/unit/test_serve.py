@@ -330,13 +330,14 @@ class TestTellsWhatIsWrong:
         data = bytearray(victim.read_bytes())
         data[-1] ^= 1
         victim.write_bytes(data)
-        assert cli.main(["serve", str(run.path / place), "--print"]) == 1
+        assert cli.main(["serve", str(run.path / place), "--print"]) == 2
         err = capsys.readouterr().err
-        assert str(victim) in err and "packtrain merge" in err
+        assert f"{victim}: does not have the hash" in err
+        assert ("packtrain merge" if place == "merged" else "the run's best checkpoint counts") in err
 
     def test_a_merged_model_without_its_hashes(self, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
         (run.merged / "manifest.json").unlink()
-        assert cli.main(["serve", str(run.path), "--print"]) == 1
+        assert cli.main(["serve", str(run.path), "--print"]) == 2
         assert "packtrain merge" in capsys.readouterr().err
 
     def test_a_merged_model_of_another_adapter(
@@ -414,6 +415,15 @@ class TestCommand:
         assert "[user]hi" in text
         settings = json.loads((Path(found["--generation-config"]) / "generation_config.json").read_text())
         assert set(settings["eos_token_id"]) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|pad|>")}
+
+    def test_of_an_adapter_copied_out_of_its_run(
+        self, tmp_path: Path, toy_recipe: Recipe, toy_model_dir: Path, capsys: Any
+    ) -> None:
+        """Its own manifest has the recipe: the dtype is the training's, not that of the base's files."""
+        run = finished_run(tmp_path / "run", toy_recipe(model={"dtype": "bfloat16"}, adapter=LORA), merged=False)
+        lone = run.adapter.rename(tmp_path / "lone")
+        command = printed_command(capsys, str(lone))
+        assert command[2] == str(toy_model_dir) and options_of(command)["--dtype"] == "bfloat16"
 
     def test_names_the_key_by_its_variable(
         self, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

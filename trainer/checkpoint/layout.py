@@ -5,9 +5,9 @@ A run dir::
     recipe.yaml                 resolved recipe; nothing later rereads the original
     metrics.jsonl               one line a step, evaluation, sample or event
     state.json                  running, done, failed, preempted, cancelled; step; reason; time; blamed (a host)
-    checkpoints/step_00000100/  dcp/, adapter/ (PEFT) and manifest.json, written last
+    checkpoints/step_00000100/  dcp/, adapter/ (as at the end) or serving/, and manifest.json, written last
     best                        name of the best checkpoint's folder
-    adapter/ or model/          the result
+    adapter/ or model/          the result: all that it was trained with but the adapter's base, and manifest.json
     merged/                     base and adapter as one model; merged-NAME: others, which no training touches
     logs/rank_0.log  tensorboard/  report.html
 """
@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -261,13 +261,24 @@ def find_damage(folder: Path, check: Callable[[], None] = lambda: None) -> str |
         manifest = read_manifest(folder)
     except PacktrainError as error:
         return str(error)
-    for name, expected in manifest["files"].items():
-        check()
-        path = folder / name
+    found = find_file_damage({folder / name: expected for name, expected in manifest["files"].items()}, check)
+    return f"{found[0]} {found[1]}" if found else None
+
+
+def find_file_damage(
+    files: Mapping[Path, dict[str, Any]], check: Callable[[], None] = lambda: None
+) -> tuple[Path, str] | None:
+    """The first of some files that is not as its manifest's entry says, and what is wrong with it.
+
+    All sizes are compared before the first byte is read.
+    """
+    for path, expected in files.items():
         if not path.exists():
-            return f"{path} is missing"
+            return path, "is missing"
         if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+            return path, f"has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+    for path, expected in files.items():
+        check()
         if hash_file(path) != expected["blake3"]:
-            return f"{path} does not have the hash its manifest says"
+            return path, "does not have the hash its manifest says"
     return None

@@ -187,7 +187,7 @@ class CheckpointManager:
         return entries
 
     def _complete(self, folder: Path, final: Path, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-        self.finish(folder, SavedCheckpoint(folder))
+        self.finish(folder, SavedCheckpoint(folder, record))
         write_manifest(folder, record, files)
         commit_folder(folder, final)
         self._note_best_and_prune(record["step"], record["is_best"])

@@ -22,10 +22,16 @@ TENSORS = "dcp"  # the folder of a checkpoint that torch's distributed checkpoin
 
 
 class SavedCheckpoint:
-    """The checkpoint in `folder` (``step_N``), or one that is about to be committed."""
+    """The checkpoint in `folder` (``step_N``), or one that is about to be committed.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        record: what the manifest of the latter is going to say beside the files.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         self.folder = folder
+        if record is not None:
+            self.manifest = record
 
     @property
     def names(self) -> Collection[str]:

@@ -9,30 +9,17 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from trainer.config import AdapterConfig
 from trainer.errors import UserError
-from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
+from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NEVER_SET, check_adapter, read_tensors
 
 PREFIX = "base_model.model."
 BLOCK_ELEMENTS = 2**26  # of a weight that are float32 at a time on a GPU
 ELEMENTS_A_THREAD = 2**18  # likewise for each thread of a CPU: what its cache holds
 LEAST_ROWS = 64  # of fewer a matmul adds up in another order than of the whole matrix
 # Each of these makes the adapter more than W + scale * B @ A (with DoRA's magnitude), or changes its layout.
-UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
+UNSUPPORTED = tuple(name for name in NEVER_SET if name not in ("alpha_pattern", "rank_pattern"))
 
 
 @dataclass
@@ -53,7 +40,7 @@ class LowRank:
     @property
     def is_zero(self) -> bool:
         """Whether merging it would change nothing: B as it was initialised."""
-        return self.magnitude is None and not bool(self.b.any())
+        return self.magnitude is None and not (bool(self.b.any()) and bool(self.a.any()))
 
     def merge_into(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``W + scale * B @ A`` in float32; with DoRA its rows rescaled to `magnitude` (arXiv:2402.09353, eq. 5).
@@ -98,24 +85,21 @@ class Adapter:
         return tensor in self.replaced or tensor.removesuffix(".weight") in self.low_rank
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, recipe: AdapterConfig | None = None) -> Adapter:
     """Reads a folder in PEFT's format.
 
+    Args:
+        recipe: what the adapter was trained as, where that is known.
+
     Raises:
-        UserError: files missing or broken, a kind of adapter that cannot be merged, keys of another form than PEFT's.
+        UserError: files missing or broken, numbers that are not finite, a kind of adapter that cannot be merged, keys
+            of another form than PEFT's, or a config other than the recipe's.
     """
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(str(folder / name), "no such file", "a folder in PEFT's format")
-    check_adapter_config(folder)
+    check_adapter(folder, recipe)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if used := [name for name in UNSUPPORTED if config.get(name)]:
         raise UserError(str(folder / ADAPTER_CONFIG), f"{used[0]}: {config[used[0]]}", "LoRA, rsLoRA, DoRA on linears")
-    try:
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(str(folder / ADAPTER_WEIGHTS), f"truncated or no safetensors file: {error}") from error
-    return _sort_tensors(folder, config, tensors)
+    return _sort_tensors(folder, config, read_tensors(folder, recipe))
 
 
 def _sort_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Adapter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
+from trainer.checkpoint.base_location import locate_base
 from trainer.checkpoint.layout import MANIFEST, hash_file, read_manifest
-from trainer.checkpoint.result import Result, enclosing_run, find_result
+from trainer.checkpoint.result import Result, check_files, enclosing_run, find_result
 from trainer.config import ModelConfig, QuantizationConfig, RunConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.export.base import EMBEDDING, HEAD, BaseTensors
+from trainer.export.base import EMBEDDING, HEAD, BaseTensors, check_config
 from trainer.export.streaming import build_empty
 from trainer.export.verify_files import read_exported_config
 from trainer.generate import default_device
-from trainer.model.adapter_files import ADAPTER_WEIGHTS
+from trainer.model.adapter_files import ADAPTER_WEIGHTS, check_adapter_config
 from trainer.model.nf4 import BLOCK_SIZE, SCALES_PER_GROUP, dynamic_map
 from trainer.model.quantized import format_of
 
@@ -48,8 +50,8 @@ class AsTrained:
         if missing := sorted(KEYS - self.manifest.keys()):
             raise PacktrainError(f"{folder / MANIFEST}: {', '.join(missing)} missing\n  fix: merge again")
         self.device = default_device()
-        self.base = BaseTensors(ModelConfig.model_validate(self.manifest["model"]), self.manifest["seed"])
-        self.result = self._find_adapter()
+        self.result = find_adapter(folder, self.manifest)
+        self.base = BaseTensors(self._locate_base(), self.manifest["seed"])
         self._check_base()
         self.adapter_tensors = load_file(self.result.folder / ADAPTER_WEIGHTS)
         self.dtype = getattr(torch, self.manifest["dtype"])
@@ -84,22 +86,12 @@ class AsTrained:
             weight = _dequantized(weight, quantization)
         return weight.to(torch.float32)
 
-    def _find_adapter(self) -> Result:
-        """The adapter the manifest names, or where it moved to with its run."""
-        record, run = self.manifest["adapter"], enclosing_run(self.folder)
-        place = Path(record["path"])
-        if run and record["in_run"] and (run.path / record["in_run"]).is_dir():
-            place = run.path / record["in_run"]
-        if not (place / ADAPTER_WEIGHTS).exists():
-            raise UserError(str(self.folder), f"its adapter is not at {place} any more", fix="put it back")
-        for name, expected in record["files"].items():
-            if hash_file(place / name) != expected:
-                raise PacktrainError(f"{place / name} is not the file that was merged\n  fix: merge again")
-        recipe = self.manifest["recipe"]
-        config = RunConfig.model_validate(recipe) if recipe else None
-        return Result("adapter", place, config, find_result(place).run_dir, self.manifest["base"])
+    def _locate_base(self) -> ModelConfig:
+        model = ModelConfig.model_validate(self.manifest["model"])
+        return model if Path(model.path).exists() else locate_base(self.result)
 
     def _check_base(self) -> None:
+        check_config(self.base.model, self.result)
         found, expected = self.base.content_hash(self._look), self.manifest["base"]["content_hash"]
         if found != expected:
             raise PacktrainError(
@@ -111,6 +103,40 @@ class AsTrained:
         shape = copy.deepcopy(self.base.config)
         shape.vocab_size = self.config.vocab_size
         return build_peft(shape, self.result.folder)
+
+
+def find_adapter(folder: Path, manifest: dict[str, Any]) -> Result:
+    """The adapter that a merge's manifest names, or where it moved to with its run.
+
+    Raises:
+        UserError: it is gone, or its files are not as written.
+        PacktrainError: it is not the one that was merged.
+    """
+    record, run = manifest["adapter"], enclosing_run(folder)
+    place = Path(record["path"])
+    if run and record["in_run"] and (run.path / record["in_run"]).is_dir():
+        place = run.path / record["in_run"]
+    if not (place / ADAPTER_WEIGHTS).exists():
+        raise _gone(folder, place, record["in_run"])
+    for name, expected in record["files"].items():
+        if hash_file(place / name) != expected:
+            raise PacktrainError(f"{place / name} is not the file that was merged\n  fix: merge again")
+    result = replace(find_result(place), base=manifest["base"])
+    if manifest["recipe"]:
+        result = replace(result, config=RunConfig.model_validate(manifest["recipe"]))
+    check_files(result)
+    check_adapter_config(place, result.adapter_recipe)
+    return result
+
+
+def _gone(folder: Path, place: Path, in_run: str | None) -> UserError:
+    found = f"its adapter is not at {place} any more"
+    if not in_run or not in_run.startswith("checkpoints/"):
+        return UserError(str(folder), found, fix="put it back")
+    run = place.parents[2]
+    found += ": the run has gone on since, and that checkpoint made room for newer ones"
+    fix = f"nothing proves this folder any more; make one of what the run has now: `packtrain merge {run} --out DIR`"
+    return UserError(str(folder), found, fix=fix)
 
 
 def build_peft(config: Any, adapter: Path) -> Any:

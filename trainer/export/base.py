@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from trainer.checkpoint.base_location import how_to_name, locate_base
 from trainer.checkpoint.result import Result
 from trainer.config import ModelConfig
 from trainer.errors import UserError
-from trainer.export.adapter import Adapter
 from trainer.export.shards import cut_into_shards
-from trainer.model.adapter_files import ADAPTER_CONFIG
-from trainer.model.folder import resolve_folder
+from trainer.model.folder import base_folder
 from trainer.model.lora import decoder_linears
 from trainer.model.source import open_weights
-from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import (
     STALE_SUFFIX,
     base_content_hash,
     build_on_meta,
+    computing_config,
     load_base_config,
     random_parameter,
     weight_files,
 )
 
+GENERATION_CONFIG = "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -107,7 +106,7 @@ class BaseTensors:
     @cached_property
     def folder(self) -> Path | None:
         """Where the base's files lie; None where a shape is all there is."""
-        return None if self.model.init == "random" else resolve_folder(self.model)
+        return base_folder(self.model)
 
     @cached_property
     def _meta(self) -> Any:
@@ -123,28 +122,18 @@ class BaseTensors:
         return {file.name: open_weights(file) for file in weight_files(self.folder)}
 
 
-def base_of_result(result: Result, adapter: Adapter) -> BaseTensors:
-    """The base an adapter belongs to, by its run's recipe or else by its own config.
+def base_of_result(result: Result) -> BaseTensors:
+    """The base an adapter belongs to, where it lies now.
 
     Raises:
-        UserError: the adapter names none.
+        UserError: see `locate_base`.
     """
-    if result.config:
-        return BaseTensors(result.config.model, result.config.train.seed)
-    path = adapter.config.get("base_model_name_or_path")
-    if not path:
-        file = str(result.folder / ADAPTER_CONFIG)
-        raise UserError(file, "base_model_name_or_path is empty", "the base's folder or hub id")
-    return BaseTensors(ModelConfig.model_validate({"path": path, "revision": adapter.config.get("revision")}))
+    return BaseTensors(locate_base(result), result.config.train.seed if result.config else 0)
 
 
-def tokenizer_of_result(result: Result, base: BaseTensors) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer trained with, and the name of the template to export with it."""
-    if result.config:
-        return load_tokenizer(result.config.model), result.config.data.template
-    own = (result.folder / "tokenizer_config.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(result.folder) if own else load_tokenizer(base.model)
-    return tokenizer, "tokenizer"
+def settings_of_result(result: Result, base: BaseTensors) -> Path | None:
+    """The folder whose generation settings an adapter's merge takes over: its own, where the training kept them."""
+    return result.folder if (result.folder / GENERATION_CONFIG).exists() else base.folder
 
 
 def check_unchanged(base: BaseTensors, found: str, result: Result) -> None:
@@ -159,5 +148,23 @@ def check_unchanged(base: BaseTensors, found: str, result: Result) -> None:
             base.model.path,
             f"the base has content hash {found}, and the adapter was trained on {trained_on}",
             "the very files that were trained on",
-            f"put them back, or set model.path in {result.run_dir.recipe if result.run_dir else 'the recipe'}",
+            f"put them back, or {how_to_name(result)}",
+        )
+
+
+def check_config(model: ModelConfig, result: Result) -> None:
+    """Compares what the base's ``config.json`` has the weights compute with what it was in training, if that is known.
+
+    Raises:
+        UserError: a field is another one now.
+    """
+    trained = (result.base or {}).get("config")
+    now = computing_config(model) if trained else None
+    if trained and now is not None and now != trained:
+        name = next(name for name in sorted(trained.keys() | now.keys()) if trained.get(name) != now.get(name))
+        raise UserError(
+            f"{model.path}, config.json",
+            f"{name} is {now.get(name)!r}, and was {trained.get(name)!r} in training",
+            "the very file that was trained with",
+            f"put it back, or {how_to_name(result)}",
         )

@@ -160,6 +160,13 @@ def _merge(merged: MergeReport | None) -> Iterator[str]:
         return
     weights = {"dequantized": "quantised weights it was trained on, dequantised", "original": "16- or 32-bit weights"}
     yield f"Merged onto the base's {weights[merged.base]}: {merged.changed} of {merged.tensors} tensors changed"
+    if merged.not_trained_on:
+        yield (
+            f"The adapter was trained on the base in {merged.not_trained_on}, not on these weights: this is not the "
+            "model that was trained, and answers otherwise"
+        )
+    if merged.checkpoint:
+        yield f"Adapter: {merged.checkpoint}"
     if merged.untrained:
         yield f"Modules whose adapter is zero: {merged.untrained}"
 

@@ -22,7 +22,7 @@ from trainer.checkpoint.appearing import folder_appears_when_complete
 from trainer.checkpoint.layout import hash_file, write_manifest
 from trainer.checkpoint.result import find_result, training_of
 from trainer.errors import PacktrainError, UserError
-from trainer.export.base import EMBEDDING, check_unchanged, tokenizer_of_result
+from trainer.export.base import EMBEDDING, check_unchanged, settings_of_result
 from trainer.export.base_stream import BaseStream
 from trainer.export.card import write_card
 from trainer.export.merge_plan import BaseKind, MergePlan
@@ -35,6 +35,8 @@ from trainer.generate import default_device
 from trainer.host_checks import versions
 from trainer.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainer.model.quantized import Fingerprint, format_of
+from trainer.model.weights import computing_config
+from trainer.prompting import load_prompting
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +55,21 @@ class MergeReport:
 
     Attributes:
         base: what was merged onto; `original` also where the training did not quantise.
-        tensors: tensors written. changed: of them, those the adapter touched.
+        not_trained_on: type that the base was quantised to in training, where it was merged onto in 16 or 32 bits.
+        tensors: tensors written. changed: of them, those the adapter makes others of.
         untrained: modules whose adapter is still zero.
+        checkpoint: which one the adapter is of, in words; empty where it is a run's final one, or of no run.
         num_bytes: of the safetensors files.
         seconds: wall-clock time.
     """
 
     out: Path
     base: BaseKind
+    not_trained_on: str | None
     tensors: int
     changed: int
     untrained: int
+    checkpoint: str
     num_bytes: int
     seconds: float
 
@@ -112,9 +118,11 @@ def merge_adapter(
         report = MergeReport(
             out=out,
             base=plan.base_kind,
+            not_trained_on=plan.not_trained_on,
             tensors=len(plan.sources),
-            changed=sum(map(plan.adapter.changes, plan.sources)),
+            changed=plan.num_changed,
             untrained=len(plan.untrained),
+            checkpoint=result.checkpoint,
             num_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             seconds=round(time.monotonic() - started, 3),
         )
@@ -191,8 +199,8 @@ class Merger:
         if self.plan.unties_head:
             config.tie_word_embeddings = False
         config.save_pretrained(folder)
-        tokenizer, template_name = tokenizer_of_result(self.result, self.base)
-        write_serving_files(folder, self.base.model, config, tokenizer, template_name)
+        prompting, settings_of = load_prompting(self.result), settings_of_result(self.result, self.base)
+        write_serving_files(folder, settings_of, config, prompting.tokenizer, prompting.template_name)
 
     def record(self) -> dict[str, Any]:
         """What the manifest says beside the files: enough to verify the merge from its folder alone."""
@@ -210,6 +218,7 @@ class Merger:
                 **(self.result.base or {}),
                 "path": model["path"],
                 "content_hash": self.content_hash,
+                "config": computing_config(self.base.model),
                 "nf4_fingerprint": self.fingerprint.text() if self.plan.quantization else None,
             },
             "quantization": self.plan.quantization

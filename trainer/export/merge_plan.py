@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from trainer.checkpoint.result import Result, check_adapter
+from trainer.checkpoint.result import Result, check_files
 from trainer.errors import UserError
 from trainer.export.adapter import Adapter, read_adapter
-from trainer.export.base import EMBEDDING, HEAD, BaseTensors, base_of_result
+from trainer.export.base import EMBEDDING, HEAD, BaseTensors, base_of_result, check_config
 from trainer.export.kv_heads import KVHeads
 from trainer.export.shards import Spec
 from trainer.model.adapter_files import ADAPTER_WEIGHTS
@@ -39,9 +39,10 @@ class MergePlan:
     """
 
     def __init__(self, result: Result, base_kind: BaseKind) -> None:
-        self.result, self.adapter = result, read_adapter(result.folder)
-        self.base = base_of_result(result, self.adapter)
-        check_adapter(result.folder)
+        self.result, self.adapter = result, read_adapter(result.folder, result.adapter_recipe)
+        check_files(result)
+        self.base = base_of_result(result)
+        check_config(self.base.model, result)
         self.config = copy.deepcopy(as_llama(self.base.config))
         self.kv_heads = KVHeads.of(self.config.to_dict())
         config = result.config
@@ -54,6 +55,12 @@ class MergePlan:
             self.sources[HEAD] = EMBEDDING
         elif HEAD not in self.sources:
             self.adapter.replaced.pop(HEAD, None)  # of a tied model whose vocabulary grew: its embeddings once more
+
+    @property
+    def not_trained_on(self) -> str | None:
+        """Type that the base was quantised to in training, where it is not merged onto so; else None."""
+        config = self.result.config
+        return config.quantization.type if config and config.quantization and not self.quantization else None
 
     def check(self) -> None:
         """Looks at everything that can be known before the base is read.
@@ -90,6 +97,12 @@ class MergePlan:
     def untrained(self) -> list[str]:
         """Modules whose adapter would change nothing."""
         return [module for module, pair in self.adapter.low_rank.items() if pair.is_zero]
+
+    @property
+    def num_changed(self) -> int:
+        """Tensors that the adapter makes others of."""
+        untrained = {f"{module}.weight" for module in self.untrained} - self.adapter.replaced.keys()
+        return sum(map(self.adapter.changes, self.sources.keys() - untrained))
 
     @cached_property
     def shards(self) -> dict[str, dict[str, Spec]]:

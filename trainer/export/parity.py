@@ -14,18 +14,17 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.checkpoint.result import Result, find_result
+from trainer.checkpoint.layout import read_manifest
+from trainer.checkpoint.result import Result, check_files, find_result
 from trainer.config import ModelConfig
-from trainer.data.masking import load_template, stop_token_ids
-from trainer.data.templates import Template
 from trainer.errors import PacktrainError
-from trainer.export.adapter import read_adapter
+from trainer.export.as_trained import find_adapter
 from trainer.export.base import BaseTensors, base_of_result
 from trainer.export.parity_rows import ParityRow, collect_rows
 from trainer.export.references import Score, score_adapted, score_base_of_merge, score_plain
 from trainer.export.verify import find_merged
 from trainer.generate import default_device
-from trainer.model.tokenizer import load_tokenizer
+from trainer.prompting import Prompting, load_prompting
 from trainer.servable import Servable, find_servable
 from trainer.vllm_job import Answer, Job, Scores, Served, serve_in_child
 
@@ -91,9 +90,9 @@ def check_parity(folder: Path, serve: Callable[[Job], Served] = serve_in_child) 
     started = time.monotonic()
     result = find_result(find_merged(folder) or folder)
     subject = _subject_of(result)
-    tokenizer, template = _as_trained(result, subject.servable)
-    rows, prompts = collect_rows(result.config, template, tokenizer, subject.servable.max_length - 1)
-    stop_ids = stop_token_ids(template, tokenizer)
+    prompting = _prompting_of(result)
+    tokenizer, stop_ids = prompting.tokenizer, prompting.stop_ids
+    rows, prompts = collect_rows(result.config, prompting, subject.servable.max_length - 1)
     torch.cuda.empty_cache()  # what verifying took on the GPU is the engine's now
     asked = [row for row in rows if row.messages is not None]
     scored = [row for row in rows if not row.is_fixed] or rows
@@ -257,18 +256,19 @@ def _job(servable: Servable, asked: list[ParityRow], scored: list[ParityRow], st
     )
 
 
-def _as_trained(result: Result, servable: Servable) -> tuple[PreTrainedTokenizerBase, Template]:
-    """Tokenizer and template of the training, from their own source; of the folder where no recipe is known."""
-    model = result.config.model if result.config else servable.tokenizer_source
-    tokenizer = load_tokenizer(model)
-    return tokenizer, load_template(result.config.data.template if result.config else "tokenizer", tokenizer)
+def _prompting_of(result: Result) -> Prompting:
+    """Of the training: a merge's from the adapter that was merged, else the folder's own, which are as written."""
+    if result.kind == "model" and find_merged(result.folder):
+        return load_prompting(find_adapter(result.folder, read_manifest(result.folder)))
+    check_files(result)
+    return load_prompting(result)
 
 
 def _subject_of(result: Result) -> _Subject:
     servable = find_servable(result)
     dtype, folder = getattr(torch, servable.dtype), Path(servable.model)
     if servable.adapter:
-        base = base_of_result(result, read_adapter(result.folder))
+        base = base_of_result(result)
         return _Subject(servable, "the adapter, unmerged", score_adapted(base, result.folder, dtype), None)
     trained = score_plain(BaseTensors(ModelConfig(path=str(folder))), dtype)
     if find_merged(folder):

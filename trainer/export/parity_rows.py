@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from trainer.config import RunConfig
 from trainer.data.formats import TEXT_ROLE
@@ -19,6 +18,7 @@ from trainer.data.templates import Template
 from trainer.data.types import Example, TokenizedRow
 from trainer.errors import UserError
 from trainer.generate import prompt_token_ids
+from trainer.prompting import Prompting
 
 logger = logging.getLogger(__name__)
 LEAST_ROWS, MOST_ROWS = 100, 128
@@ -61,9 +61,7 @@ class ParityRow:
         return self.ids, self.answer or 1
 
 
-def collect_rows(
-    config: RunConfig | None, template: Template, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[list[ParityRow], str]:
+def collect_rows(config: RunConfig | None, prompting: Prompting, max_tokens: int) -> tuple[list[ParityRow], str]:
     """Up to `MOST_ROWS` rows of the run, validation before test before train; filled up to `LEAST_ROWS`.
 
     Args:
@@ -74,6 +72,8 @@ def collect_rows(
         The rows, and what they are, in words.
     """
     rows: list[ParityRow] = []
+    template, tokenizer = prompting.template, prompting.tokenizer
+    config = prompting.as_trained(config) if config else None
     sources, limit = [], min(max_tokens, MAX_ROW_TOKENS)
     for split in SPLITS if config else ():
         assert config is not None

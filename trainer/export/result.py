@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ import torch
 from torch import nn
 
 from trainer.checkpoint.appearing import folder_appears_when_complete
-from trainer.checkpoint.layout import RunDir, find_damage, read_manifest, write_manifest
+from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, read_manifest, write_manifest
 from trainer.checkpoint.result import find_result, is_run, merged_onto, training_in
 from trainer.checkpoint.saved import SavedCheckpoint
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, Preempted
 from trainer.export.card import write_card
 from trainer.export.consolidate import SERVING, CheckpointModel
-from trainer.export.serving import write_serving_files
+from trainer.export.serving import make_serving_files, write_serving_files
 from trainer.model.adapter_files import save_adapter
 from trainer.model.decilm import as_llama
+from trainer.model.folder import base_folder
 from trainer.model.weights import load_base_config
 from trainer.preemption import StopRequest
 from trainer.recipe import load_recipe
@@ -34,35 +34,33 @@ Finish = Callable[[Path, SavedCheckpoint], None]
 Check = Callable[[], None]
 
 
-def finish_adapter(model: nn.Module) -> Finish:
-    """Adds ``adapter/`` in PEFT's format to a checkpoint, read back from its tensors."""
+def finish_adapter(config: RunConfig, model: nn.Module, tokenizer: Any) -> Finish:
+    """Adds ``adapter/`` in PEFT's format to a checkpoint, read back from its tensors.
+
+    It is whole: with tokenizer, template, stop tokens and a manifest of its own, which has the recipe and the base's
+    identity. Wherever it is copied to, it is merged and asked as it was trained, whatever its base becomes.
+    """
+    files = make_serving_files(config, load_base_config(config.model), tokenizer)
 
     def finish(folder: Path, saved: SavedCheckpoint) -> None:
         names = [name for name in saved.names if name.startswith("model.")]
         weights = {name.removeprefix("model."): tensor for name, tensor in saved.read_many(names).items()}
         save_adapter(model, folder / "adapter", weights)
+        _put(files, folder / "adapter")
+        _write_adapter_manifest(folder / "adapter", config, saved.manifest)
 
     return finish
 
 
 def finish_full(config: RunConfig, model_config: Any, tokenizer: Any) -> Finish:
-    """Adds config, tokenizer and generation settings, so that the checkpoint alone can become a model.
-
-    They are made here and kept: at a save the training's thread may be using the tokenizer, and the hub be gone.
-    """
+    """Adds config, tokenizer and generation settings, so that the checkpoint alone can become a model."""
     own_config = copy.deepcopy(as_llama(model_config))
     own_config.dtype = getattr(torch, config.model.dtype)
-    with tempfile.TemporaryDirectory(prefix="packtrain-serving-") as place:
-        serving = Path(place)
-        own_config.save_pretrained(serving)
-        write_serving_files(serving, config.model, own_config, tokenizer, config.data.template)
-        files = {path.relative_to(serving): path.read_bytes() for path in serving.rglob("*") if path.is_file()}
+    files = make_serving_files(config, own_config, tokenizer)
+    files[Path("config.json")] = own_config.to_json_string().encode()
 
     def finish(folder: Path, saved: SavedCheckpoint) -> None:
-        for name, data in files.items():
-            path = folder / SERVING / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+        _put(files, folder / SERVING)
 
     return finish
 
@@ -98,6 +96,9 @@ def export_result(config: RunConfig, run: RunDir, tokenizer: Any, stop: StopRequ
     check = partial(_stop_if_asked, stop, "while merging")
     merged = merge_adapter(run.path, run.merged, config.export.base, check, approve)
     logger.info("merged into %s: %.2f GiB in %.1f s", run.merged, merged.num_bytes / 2**30, merged.seconds)
+    if merged.not_trained_on:
+        told = "%s is the adapter on the original base, on which it was not trained: that was the base in %s"
+        logger.warning(told, run.merged, merged.not_trained_on)
 
 
 def _warn_if_not_served(run: RunDir) -> None:
@@ -148,10 +149,11 @@ def write_result(run: RunDir, step: int, config: RunConfig, tokenizer: Any, chec
     num_bytes = sum(file.stat().st_size for file in (checkpoint / "adapter").iterdir())
     with folder_appears_when_complete(run.adapter, num_bytes=num_bytes, replaces=True) as folder:
         shutil.copytree(checkpoint / "adapter", folder, dirs_exist_ok=True)
-        write_serving_files(folder, config.model, load_base_config(config.model), tokenizer, config.data.template)
-        record = {"kind": "adapter", "recipe": config.model_dump(mode="json"), **training_in(read_manifest(checkpoint))}
-        write_manifest(folder, record)
-        write_card(folder, record, run)
+        if not (folder / MANIFEST).exists():  # of a checkpoint by an earlier version: nothing but PEFT's files
+            base = load_base_config(config.model)
+            write_serving_files(folder, base_folder(config.model), base, tokenizer, config.data.template)
+            _write_adapter_manifest(folder, config, read_manifest(checkpoint))
+        write_card(folder, read_manifest(folder), run)
     if not config.export.merge:
         _warn_if_not_served(run)
 
@@ -168,6 +170,18 @@ def full_checkpoint(source: Path) -> Path | None:
         return None
     best = run.best_step()
     return run.step_dir(best if best is not None else steps[-1])
+
+
+def _put(files: Mapping[Path, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _write_adapter_manifest(folder: Path, config: RunConfig, of_checkpoint: dict[str, Any]) -> None:
+    record = {"kind": "adapter", "recipe": config.model_dump(mode="json"), **training_in(of_checkpoint)}
+    write_manifest(folder, record)
 
 
 def _stop_if_asked(stop: StopRequest, where: str) -> None:

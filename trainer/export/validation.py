@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from trainer.checkpoint.layout import MANIFEST, read_manifest, write_atomically
 from trainer.config import RunConfig
-from trainer.data.masking import build_labels, load_template
+from trainer.data.masking import build_labels
 from trainer.data.prepare import iter_split_examples
 from trainer.data.types import IGNORE_INDEX, TokenizedRow
 from trainer.errors import UserError
 from trainer.export.card import write_merge_line
+from trainer.prompting import Prompting
 
 logger = logging.getLogger(__name__)
 # Both models see the same tokens, so the difference of their losses is far more certain than either.
@@ -50,13 +51,16 @@ class ValidationLoss:
         )
 
 
-def validation_rows(config: RunConfig | None, tokenizer: Any) -> list[TokenizedRow]:
+def validation_rows(config: RunConfig | None, prompting: Prompting) -> list[TokenizedRow]:
     """The first validation rows with something trained in them; none where the data is gone or has no such split."""
     if config is None or not config.data.split.validation:
         return []
+    tokenizer: Any = prompting.tokenizer
     try:
-        examples = list(islice(iter_split_examples(config, "validation", tokenizer), 2 * MAX_ROWS))
-        made = build_labels(examples, load_template(config.data.template, tokenizer), tokenizer, config.data)
+        examples = list(
+            islice(iter_split_examples(prompting.as_trained(config), "validation", tokenizer), 2 * MAX_ROWS)
+        )
+        made = build_labels(examples, prompting.template, tokenizer, config.data)
     except (UserError, OSError) as error:
         logger.info("the validation loss is not measured, as the run's data cannot be read: %s", error)
         return []

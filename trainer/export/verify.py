@@ -19,15 +19,15 @@ from peft.tuners.lora import LoraLayer
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, read_manifest
 from trainer.config import ModelConfig
-from trainer.data.masking import load_template, stop_token_ids
 from trainer.errors import PacktrainError, UserError
 from trainer.export.as_trained import AsTrained, base_name
-from trainer.export.base import EMBEDDING, HEAD, BaseTensors, tokenizer_of_result
+from trainer.export.base import EMBEDDING, HEAD, BaseTensors, settings_of_result
 from trainer.export.serving import tokenizer_as_trained
 from trainer.export.streaming import Outputs, build_empty, run_streamed, weights_of
 from trainer.export.validation import ValidationLoss, compare_losses, record_proof, validation_rows
 from trainer.export.verify_files import as_list, compare_ends, compare_tokenizer
-from trainer.export.verify_prompts import PROMPTS, collect_prompts
+from trainer.export.verify_prompts import collect_prompts
+from trainer.prompting import load_prompting
 from trainer.servable import why_only_merged
 
 MAX_LOGIT_ERROR = 0.05  # of the adapter's own effect on the logits
@@ -40,6 +40,8 @@ class VerifyReport:
 
     Attributes:
         merged_onto: `dequantized` or `original` base.
+        not_trained_on: type that the base was quantised to in training, where it was merged onto in 16 or 32 bits: then
+            this is the adapter on that base, and not the model that was trained.
         tensors: compared with PEFT's float32 merge. adapted: of them, those with an adapter.
         rounded_otherwise: largest share of a tensor's elements that lie one rounding step beside the reference.
         logit_error: ``|merged - (base + adapter)| / |(base + adapter) - base|`` over all positions, root mean square.
@@ -48,10 +50,12 @@ class VerifyReport:
         computed: dtype and device of the comparison.
         seconds: wall-clock time.
         validation: what merging did to the loss of some validation rows; None without such rows.
+        is_recorded: whether the recipe that the adapter was trained with is known.
     """
 
     folder: Path
     merged_onto: str
+    not_trained_on: str | None
     tensors: int
     adapted: int
     rounded_otherwise: float
@@ -61,6 +65,17 @@ class VerifyReport:
     computed: str
     seconds: float
     validation: ValidationLoss | None
+    is_recorded: bool
+
+    @property
+    def what(self) -> str:
+        """What the evidence shows the folder to be."""
+        if self.not_trained_on:
+            told = f"that was the base in {self.not_trained_on}"
+            return f"the adapter on the original base, on which it was not trained: {told}"
+        if not self.is_recorded:
+            return "the adapter on the base that its config names, and how it was trained is not recorded"
+        return "the model that was trained"
 
 
 def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> VerifyReport:
@@ -84,11 +99,13 @@ def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> Ver
         problems = verifier.compare_files() or verifier.compare_tensors()
         error, effect, prompts = verifier.compare_logits(problems)
     if problems:
-        raise PacktrainError(f"{folder} is not the model that was trained:\n{as_list(problems)}")
+        wanted = "the adapter on the original base" if verifier.not_trained_on else "the model that was trained"
+        raise PacktrainError(f"{folder} is not {wanted}:\n{as_list(problems)}")
     record_proof(folder, verifier.validation)
     return VerifyReport(
         folder=folder,
         merged_onto=verifier.manifest["merged_onto"],
+        not_trained_on=verifier.not_trained_on,
         tensors=len(verifier.merged.shapes),
         adapted=verifier.num_adapted,
         rounded_otherwise=verifier.rounded_otherwise,
@@ -98,6 +115,7 @@ def verify_export(folder: Path, check: Callable[[], None] = lambda: None) -> Ver
         computed=f"float32 on {verifier.device.type}",
         seconds=round(time.monotonic() - started, 3),
         validation=verifier.validation,
+        is_recorded=verifier.result.config is not None,
     )
 
 
@@ -110,23 +128,30 @@ class Verifier:
         self.trained = AsTrained(folder, check)
         self.base, self.result, self.manifest = self.trained.base, self.trained.result, self.trained.manifest
         self.config, self.dtype, self.device = self.trained.config, self.trained.dtype, self.trained.device
-        self.peft_model = self.trained.peft_model
+        self.peft_model, self.prompting = self.trained.peft_model, load_prompting(self.result)
         self.num_adapted, self.rounded_otherwise = 0, 0.0
         self.validation: ValidationLoss | None = None
 
+    @property
+    def not_trained_on(self) -> str | None:
+        """See `VerifyReport`."""
+        quantization = self.trained.quantization
+        return quantization["type"] if quantization and not self.manifest["quantization"] else None
+
     def compare_files(self) -> list[str]:
         """Tokenizer, template, stop tokens, and the names of the tensors."""
-        tokenizer, template_name = tokenizer_of_result(self.result, self.base)
-        stop_tokens = stop_token_ids(load_template(template_name, tokenizer), tokenizer)
-        wanted = tokenizer_as_trained(tokenizer, template_name)
-        problems = compare_tokenizer(self.folder, wanted, PROMPTS)
+        prompting, settings_of = self.prompting, settings_of_result(self.result, self.base)
+        stop_tokens = prompting.stop_ids
+        wanted = tokenizer_as_trained(prompting.tokenizer, prompting.template_name)
+        problems = compare_tokenizer(self.folder, wanted)
         listed = set(self.manifest["files"])
         problems += [
             f"{file.name} is not of this merge, and a server may load it"
             for file in sorted(self.folder.glob("*.safetensors"))
             if file.name not in listed
         ]
-        return problems + compare_ends(self.folder, self.base, stop_tokens) + self._compare_names()
+        problems += compare_ends(self.folder, settings_of, self.base.config, stop_tokens)
+        return problems + self._compare_names()
 
     def compare_tensors(self) -> list[str]:
         """Every tensor against PEFT's merge in float32, rounded; those without adapter bitwise against the base."""
@@ -154,9 +179,9 @@ class Verifier:
         Returns:
             The error relative to the adapter's effect, that effect relative to the base's logits, and the prompts used.
         """
-        prompts, source = collect_prompts(self.result, self.base)
+        prompts, source = collect_prompts(self.result.config, self.prompting)
         described = f"{len(prompts)} {source}"
-        rows = validation_rows(self.result.config, tokenizer_of_result(self.result, self.base)[0])
+        rows = validation_rows(self.result.config, self.prompting)
         inputs, compared = prompts + [row.ids for row in rows], sum(map(len, prompts))
         try:
             tuned, tuned_rows = run_streamed(self.peft_model, self.trained.read, inputs, self.device).cut(compared)

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.errors import PacktrainError
-from trainer.export.base import BaseTensors
 
+PROMPTS = ("The capital of France is", "Explain in one sentence why the sky is blue.", "1, 2, 3, 4,", "def add(a, b):")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what transformers raises where files are missing or broken
 
 MAX_LISTED = 8
@@ -36,12 +36,17 @@ def read_exported_config(folder: Path) -> Any:
         raise PacktrainError(f"{folder}: config.json is missing or broken: {reason}\n  fix: merge again") from error
 
 
-def compare_tokenizer(folder: Path, wanted: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    """The folder's tokenizer and chat template against those trained with, also by what they make of `texts`."""
+def compare_tokenizer(folder: Path, wanted: PreTrainedTokenizerBase) -> list[str]:
+    """The folder's tokenizer and chat template against those trained with."""
     try:
         found = AutoTokenizer.from_pretrained(folder)
     except UNREADABLE as error:
         return [f"tokenizer: cannot be loaded, a file of it is missing or broken: {' '.join(str(error).split())[:200]}"]
+    return compare_tokenizers(found, wanted)
+
+
+def compare_tokenizers(found: PreTrainedTokenizerBase, wanted: PreTrainedTokenizerBase) -> list[str]:
+    """In what a tokenizer differs from the one trained with, also by what they make of `PROMPTS`."""
     problems = [
         f"tokenizer: {what} is {getattr(found, what)!r}, trained with {getattr(wanted, what)!r}"
         for what in ("bos_token", "eos_token", "chat_template")
@@ -49,17 +54,22 @@ def compare_tokenizer(folder: Path, wanted: PreTrainedTokenizerBase, texts: Sequ
     ]
     if found.get_vocab() != wanted.get_vocab():
         problems.append(f"tokenizer: {len(found)} tokens that are not the {len(wanted)} trained with")
-    elif any(found(text).input_ids != wanted(text).input_ids for text in texts):
+    elif any(found(text).input_ids != wanted(text).input_ids for text in PROMPTS):
         problems.append("tokenizer: splits text otherwise than the one trained with")
     return problems
 
 
-def compare_ends(folder: Path, base: BaseTensors, stop_tokens: list[int]) -> list[str]:
-    """An answer has to end where it was trained to, and may end where the base's does; anywhere else it is cut."""
+def compare_ends(folder: Path, settings_of: Path | None, base: Any, stop_tokens: list[int]) -> list[str]:
+    """An answer has to end where it was trained to, and may end where the base's does; anywhere else it is cut.
+
+    Args:
+        settings_of: folder with the generation settings that the merge took over, the base's in training.
+        base: the base's config.
+    """
     ends = _ends_of(folder)
     if missing := [i for i in stop_tokens if i not in ends]:
         return [f"generation_config.json: ends at {ends}, without the trained stop token {missing[0]}"]
-    of_base = (_ends_of(base.folder) if base.folder else []) + _as_list(base.config.eos_token_id)
+    of_base = (_ends_of(settings_of) if settings_of else []) + _as_list(base.eos_token_id)
     if foreign := sorted(set(ends).difference(stop_tokens, of_base)):
         return [f"generation_config.json: ends at {ends}, and neither training nor base end answers at {foreign[0]}"]
     return []

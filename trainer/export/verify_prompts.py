@@ -5,32 +5,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from trainer.checkpoint.result import Result
-from trainer.data.masking import load_template, render_prompt
+from trainer.config import RunConfig
+from trainer.data.masking import render_prompt
 from trainer.data.prepare import iter_split_examples
 from trainer.data.templates import Template
 from trainer.data.types import Example
 from trainer.errors import UserError
-from trainer.export.base import BaseTensors, tokenizer_of_result
+from trainer.export.verify_files import PROMPTS
+from trainer.prompting import Prompting
 
 logger = logging.getLogger(__name__)
-PROMPTS = ("The capital of France is", "Explain in one sentence why the sky is blue.", "1, 2, 3, 4,", "def add(a, b):")
 MAX_PROMPT_TOKENS = 64
 
 
-def collect_prompts(result: Result, base: BaseTensors) -> tuple[list[list[int]], str]:
+def collect_prompts(config: RunConfig | None, prompting: Prompting) -> tuple[list[list[int]], str]:
     """Prompts of the run's own rows, or fixed ones where there is no run or its data is gone."""
-    config = result.config
-    tokenizer, _ = tokenizer_of_result(result, base)
+    tokenizer: Any = prompting.tokenizer
     if config is not None:
         try:
-            template = load_template(config.data.template, tokenizer)
-            split = "validation" if config.data.split.validation else "train"
-            rendered = _render_prompts(iter_split_examples(config, split, tokenizer), template, tokenizer)  # type: ignore[arg-type]
+            split: Literal["validation", "train"] = "validation" if config.data.split.validation else "train"
+            examples = iter_split_examples(prompting.as_trained(config), split, tokenizer)
+            rendered = _render_prompts(examples, prompting.template, tokenizer)
             prompts = [ids[-MAX_PROMPT_TOKENS:] for ids in islice(rendered, len(PROMPTS))]
             if prompts:
                 return prompts, f"prompts of the {split} rows"

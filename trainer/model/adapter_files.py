@@ -5,16 +5,34 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trainer.config import AdapterConfig
 from trainer.errors import UserError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Fields of PEFT's config that would make other sums of the same tensors, and that no recipe sets.
+NEVER_SET = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
 
 
 def save_adapter(model: nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -37,14 +55,14 @@ def save_adapter(model: nn.Module, folder: Path, state_dict: dict[str, torch.Ten
     config.inference_mode = training
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Puts the adapter weights of a PEFT folder into the attached adapter.
+def load_adapter(model: nn.Module, folder: Path, recipe: AdapterConfig) -> None:
+    """Puts the adapter weights of a PEFT folder into the attached adapter, which was made by `recipe`.
 
     Raises:
         UserError: files missing or broken, or an adapter of another shape or kind than the attached one.
     """
     assert isinstance(model, PeftModel)
-    tensors = _read_adapter(model, folder)
+    tensors = read_tensors(folder, recipe)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if different := sorted(set(own) ^ set(tensors)):
         side = "the recipe" if different[0] in own else "the folder"
@@ -57,20 +75,22 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def _read_adapter(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
-    check_adapter(folder)
-    stored, attached = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
-    for field in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if getattr(stored, field) != getattr(attached, field):
-            raise UserError(
-                str(folder / ADAPTER_CONFIG),
-                f"{field} {getattr(stored, field)}",
-                f"{getattr(attached, field)}, by the recipe",
-            )
-    return load_file(folder / ADAPTER_WEIGHTS)
+def read_tensors(folder: Path, recipe: AdapterConfig | None = None) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, on the CPU.
+
+    Raises:
+        UserError: see `check_adapter`; or a tensor holds NaN or Inf.
+    """
+    check_adapter(folder, recipe)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.to(torch.float32)).all()):
+            fix = "take the adapter of an earlier checkpoint, or train anew"
+            raise UserError(str(folder / ADAPTER_WEIGHTS), f"tensor {name} holds NaN or Inf", "finite numbers", fix)
+    return tensors
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path, recipe: AdapterConfig | None = None) -> None:
     """Looks at an adapter's files without reading its weights.
 
     Raises:
@@ -79,7 +99,7 @@ def check_adapter(folder: Path) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(str(folder / name), "no such file", "a folder in PEFT's format")
-    check_adapter_config(folder)
+    check_adapter_config(folder, recipe)
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt"):
             pass
@@ -87,11 +107,15 @@ def check_adapter(folder: Path) -> None:
         raise UserError(str(folder / ADAPTER_WEIGHTS), f"truncated or no safetensors file: {error}") from error
 
 
-def check_adapter_config(folder: Path) -> None:
+def check_adapter_config(folder: Path, recipe: AdapterConfig | None = None) -> None:
     """Refuses adapters that are more than low-rank matrices beside an untouched base.
 
+    Args:
+        recipe: what the adapter was trained as, where that is known.
+
     Raises:
-        UserError: the adapter changed the base when it was made (PiSSA, OLoRA ...), is no LoRA, or has no scale.
+        UserError: the adapter changed the base when it was made (PiSSA, OLoRA ...), is no LoRA, has no scale, or is
+            another by its config than by the recipe.
     """
     file = folder / ADAPTER_CONFIG
     try:
@@ -114,3 +138,20 @@ def check_adapter_config(folder: Path) -> None:
             "true, false, gaussian, eva",
             "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
+    for name, trained in _fields_of(recipe).items() if recipe else ():
+        if (config.get(name) or None) != (trained or None):
+            shown = f"{trained:g}" if isinstance(trained, float) else trained or "not set"
+            allowed = f"{shown}, by the recipe"
+            raise UserError(str(file), f"{name} {config.get(name)}", allowed, "put back what training wrote")
+
+
+def _fields_of(recipe: AdapterConfig) -> dict[str, Any]:
+    """What a recipe sets of the fields in PEFT's config that decide what the tensors compute."""
+    return {
+        "r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "use_rslora": recipe.rslora,
+        "use_dora": recipe.dora,
+        "modules_to_save": list(recipe.modules_to_save),
+        **dict.fromkeys(NEVER_SET),
+    }

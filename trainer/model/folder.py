@@ -40,6 +40,15 @@ def resolve_folder(model: ModelConfig, patterns: list[str] = HUB_FILES) -> Path:
         ) from error
 
 
+def base_folder(model: ModelConfig) -> Path | None:
+    """Where the base's files lie; None of ``init: random``, where a shape is all there is.
+
+    Raises:
+        UserError: see `resolve_folder`.
+    """
+    return None if model.init == "random" else resolve_folder(model)
+
+
 def read_sizes(model: ModelConfig) -> dict[str, Any]:
     """The fields of the base's ``config.json``; of a published model that is not here its sizes, without the hub.
 

@@ -24,6 +24,7 @@ from trainer.model.folder import resolve_folder
 from trainer.model.host import Host
 from trainer.model.prepare import Preparation, TrailingHash
 from trainer.model.source import FLOATS, StoredTensor, deal, list_tensors
+from trainer.model.weights import computing_config
 from trainer.processes import Processes
 from trainer.storage import allocate, put
 
@@ -35,9 +36,9 @@ class BaseIdentity:
     """Which base was trained on; a checkpoint carries it, and resuming or merging on another is refused.
 
     Attributes:
-        path: ``model.path`` of the recipe.
+        path: ``model.path`` of the recipe; of a local folder or file in full, as the recipe's may be relative.
         revision: commit of the hub's snapshot, where there is one.
-        content_hash: `trainer.model.weights.base_content_hash`.
+        content_hash: `trainer.model.weights.base_content_hash`. config: `trainer.model.weights.computing_config`.
         quantization: type, double_quant and compute_dtype of a quantised base.
         nf4_fingerprint: `trainer.model.quantized.fingerprint` of a quantised base, of whatever type.
     """
@@ -45,6 +46,7 @@ class BaseIdentity:
     path: str
     revision: str | None
     content_hash: str
+    config: dict[str, Any] | None
     quantization: dict[str, Any] | None
     nf4_fingerprint: str | None
 
@@ -129,13 +131,15 @@ def load_weights(
         mark("hashing the base")
         while host.share(0, trailing.is_behind):
             mark("hashing the base")
-        content_hash, revision = host.share(0, lambda: (trailing.text(), _revision(config)))
+        told = host.share(0, lambda: (trailing.text(), _revision(config), computing_config(config.model)))
+        content_hash, revision, base_config = told
     if processes.host is not None:
         preparation.fingerprint.all_reduce(processes.host)
     return BaseIdentity(
-        path=config.model.path,
+        path=_full_path(config.model.path),
         revision=revision,
         content_hash=content_hash,
+        config=base_config,
         quantization=_quantization(config),
         nf4_fingerprint=preparation.fingerprint.text() if config.quantization else None,
     )
@@ -171,6 +175,11 @@ def _quantization(config: RunConfig) -> dict[str, Any] | None:
     if config.quantization is None:
         return None
     return {**config.quantization.model_dump(), "compute_dtype": config.compute_dtype}
+
+
+def _full_path(path: str) -> str:
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def _revision(config: RunConfig) -> str | None:

@@ -11,6 +11,9 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.weights import load_base_config
 
+# What transformers raises of files that are missing or broken.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
+TOKENIZER_CONFIG = "tokenizer_config.json"
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")  # Llama 3.1 and later, Llama 3
 
 
@@ -30,7 +33,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             revision=None if config.tokenizer else config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         if not config.tokenizer and not Path(path).expanduser().is_dir():
             raise UserError(
@@ -51,6 +54,25 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.unk_token or reserved or tokenizer.eos_token
     _check_vocabulary(tokenizer, config)
     return tokenizer
+
+
+def load_saved_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in an adapter's folder, exactly as it was saved: pad token and all.
+
+    It may have more tokens than the base has embeddings, where the adapter brings them.
+
+    Raises:
+        UserError: a file of it is missing or broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        is_missing = not any((folder / name).exists() for name in names)
+        found = "no such file" if is_missing else f"cannot be read: {' '.join(str(error).split())[:300]}"
+        fix = f"copy it there again; or delete {folder / TOKENIZER_CONFIG}, and the base's tokenizer is taken"
+        allowed = f"the tokenizer that {TOKENIZER_CONFIG} beside it is of"
+        raise UserError(str(folder / names[0]), found, allowed, fix) from error
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:

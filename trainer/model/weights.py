@@ -24,6 +24,19 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Llama-2's files on the hub still carry what older transformers kept of the rotary embedding.
 STALE_SUFFIX = "rotary_emb.inv_freq"
+# Fields of config.json that say where it is from, how it is loaded, and where answers begin and end.
+NOT_COMPUTED_WITH = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 RANDOM_CHUNK = {
     "cpu": 2**18,
     "cuda": 2**24,
@@ -147,6 +160,23 @@ def base_content_hash(model: ModelConfig, seed: int, check: Callable[[], None] =
         check()
         files.add(file)
     return files.text()
+
+
+def computing_config(model: ModelConfig) -> dict[str, Any] | None:
+    """The fields of the base's ``config.json`` that decide what its weights compute; None of ``init: random``, whose
+    content hash has them.
+
+    Raises:
+        UserError: there is no such file, or it is broken.
+    """
+    if model.init == "random":
+        return None
+    file = resolve_folder(model, ["config.json"]) / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        return {name: fields[name] for name in sorted(fields.keys() - NOT_COMPUTED_WITH)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(str(file), f"not a model config: {error}", "the base's own") from error
 
 
 class FileHash:
