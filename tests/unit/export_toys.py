@@ -102,3 +102,23 @@ def peft_merge(config: RunConfig, adapter: Path, onto: str = "dequantized") -> d
             parameter.copy_(value)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return {name: tensor.detach() for name, tensor in merged.named_parameters()}
+
+
+def two_step_recipe(model: Path | str, rows: Path, merge: bool) -> dict[str, Any]:
+    """Two QLoRA steps with an evaluation and a checkpoint at each."""
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "quantization": {},
+        "adapter": {"r": 4, "alpha": 8},
+        "data": {
+            "train": [{"path": str(rows), "format": "messages"}],
+            "split": {"validation": 0.25},
+            "pack_length": 128,
+        },
+        "optim": {"lr": 0.01},
+        "train": {"max_steps": 2, "global_batch": {"rows": 2}, "micro_batch": 1, "recompute": "none"},
+        "eval": {"every_steps": 1},
+        "checkpoint": {"every_steps": 1},
+        "tracking": {"to": []},
+        "export": {"merge": merge},
+    }

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from launch import cli
-from tests.unit.export_toys import make_run
+from tests.unit.export_toys import make_run, two_step_recipe
 from tests.unit.test_bad_input import edit_json, edit_tensors, flip_a_bit, write
 from trainer.checkpoint.layout import RunDir, find_damage, hash_file, read_manifest, write_manifest
 from trainer.checkpoint.result import find_result
@@ -48,22 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path, toy_r
     """A folder with ``base/``, ``run/``, trained in 4 bits by a relative path, and ``reference/``, its merge."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(toy_model_dir, folder / "base")
-    recipe = {
-        "model": {"path": "base", "dtype": "float32"},
-        "quantization": {},
-        "adapter": {"r": 4, "alpha": 8},
-        "data": {
-            "train": [{"path": str(toy_rows_file), "format": "messages"}],
-            "split": {"validation": 0.25},
-            "pack_length": 128,
-        },
-        "optim": {"lr": 0.01},
-        "train": {"max_steps": 2, "global_batch": {"rows": 2}, "micro_batch": 1, "recompute": "none"},
-        "eval": {"every_steps": 1},
-        "checkpoint": {"every_steps": 1},
-        "tracking": {"to": []},
-        "export": {"merge": False},
-    }
+    recipe = two_step_recipe("base", toy_rows_file, merge=False)
     with chdir(folder):
         assert cli.main(["train", str(write(folder / "recipe.yaml", recipe)), "--run-dir", "run"]) == 0
         assert cli.main(["merge", "run", "--out", "reference"]) == 0

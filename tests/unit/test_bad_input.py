@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from launch import cli
+from tests.unit.export_toys import two_step_recipe
 from trainer.checkpoint.layout import RunDir, find_damage
 from trainer.errors import EXIT_FAILURE, EXIT_USER_ERROR, explain_os_error
 
@@ -39,22 +40,7 @@ def _log_to_this_test() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def recipe(toy_model_dir: Path, toy_rows_file: Path) -> dict[str, Any]:
     """Two QLoRA steps with a checkpoint at each, merged."""
-    return {
-        "model": {"path": str(toy_model_dir), "dtype": "float32"},
-        "quantization": {},
-        "adapter": {"r": 4, "alpha": 8},
-        "data": {
-            "train": [{"path": str(toy_rows_file), "format": "messages"}],
-            "split": {"validation": 0.25},
-            "pack_length": 128,
-        },
-        "optim": {"lr": 0.01},
-        "train": {"max_steps": 2, "global_batch": {"rows": 2}, "micro_batch": 1, "recompute": "none"},
-        "eval": {"every_steps": 1},
-        "checkpoint": {"every_steps": 1},
-        "tracking": {"to": []},
-        "export": {"merge": True},
-    }
+    return two_step_recipe(toy_model_dir, toy_rows_file, merge=True)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 from trainer.checkpoint.layout import begin_folder, commit_folder, unfinished
 from trainer.errors import PacktrainError, Preempted, UserError
 from trainer.launchers import host_name
+from trainer.units import tell_size
 
 LOCK = ".lock"  # after an unfinished folder's name, beside it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -140,17 +141,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _no_room(file: Path, final: Path, num_bytes: int, reason: str) -> UserError:
-    needed = f"{final.name} takes somewhat more than {_amount(num_bytes)}, and " if num_bytes else ""
+    needed = f"{final.name} takes somewhat more than {tell_size(num_bytes)}, and " if num_bytes else ""
     return UserError(
         str(file),
-        f"{reason}: {needed}{_amount(_room_for(final))} are free there",
+        f"{reason}: {needed}{tell_size(_room_for(final))} are free there",
         fix="make room, and give the same command again; no half of it is left, and what it is made from is as it was",
     )
-
-
-def _amount(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} GiB"

@@ -17,6 +17,7 @@ from trainer.checkpoint.layout import MANIFEST, RunDir, hash_file, read_manifest
 from trainer.errors import PacktrainError
 from trainer.metrics import page
 from trainer.metrics.trackers import Record, read_metrics
+from trainer.units import tell_size
 
 if TYPE_CHECKING:  # matplotlib waits for the end, and for the one process that draws
     from trainer.metrics.curves import Points
@@ -208,7 +209,7 @@ def _files(folder: Path, manifest: Record, is_best: bool) -> str:
         return page.details(f"{folder.name}: its manifest cannot be read", "")
     files = manifest.get("files", {})
     size = sum(entry["bytes"] for entry in files.values())
-    title = f"{folder.name} · {len(files)} file{'s' * (len(files) != 1)}, {_bytes(size)}{' · best' * is_best}"
+    title = f"{folder.name} · {len(files)} file{'s' * (len(files) != 1)}, {tell_size(size)}{' · best' * is_best}"
     rows = [[name, f"{entry['bytes']:,}", entry["blake3"]] for name, entry in files.items()]
     return page.details(title, page.table([("file", "mono"), ("bytes", "num"), ("blake3", "mono")], rows))
 
@@ -280,14 +281,6 @@ def _short(value: float) -> str:
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):,.4g}{unit}"
     return f"{value:,.0f}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:,.4g} {unit}"
-        size /= 1024
-    return f"{size:,.4g} GiB"
 
 
 def _duration(seconds: float) -> str:
