@@ -127,7 +127,7 @@ def _print_model(report: ModelReport) -> None:
         + (f", each bit for bit that of {checkpoint}, rounded as the recipe says" if checkpoint else "")
         + "\n  config, tokenizer, chat template and stop tokens "
         + (f"are those of {checkpoint}" if checkpoint else "can be read")
-        + ("" if checkpoint else "\n  not compared with what was trained: its checkpoint is not there any more")
+        + ("" if checkpoint else "\n  not compared with what was trained: its checkpoint is gone or unreadable")
     )
 
 

@@ -259,6 +259,21 @@ def test_the_base_is_found_where_it_was_in_training(
         moved.rename(trained / "base")
 
 
+def test_an_adapter_of_another_run_is_not_this_runs(place: Path, packtrain: Run) -> None:
+    """Trained to the same step, and copied into the run dir whole."""
+    recipe = (place / "recipe.yaml").read_text().replace("lr: 0.01", "lr: 0.02")
+    (place / "other.yaml").write_text(recipe)
+    packtrain("train", "other.yaml", "--run-dir", "other")
+    shutil.rmtree(place / "run/adapter")
+    shutil.copytree(place / "other/adapter", place / "run/adapter")
+    for command in (["merge"], ["generate", "--prompt", "a"], ["push", "--repo", "a/b", "--base", "a/b", "--dry-run"]):
+        said = packtrain(command[0], "run", *command[1:], status=2)
+        assert "run/adapter: made by another training than" in said and "fix: delete" in said
+    assert AS_TRAINED in packtrain("merge", "other")
+    shutil.rmtree(place / "run/adapter")
+    assert AS_TRAINED in packtrain("merge", "run")
+
+
 @pytest.mark.parametrize("kind", ["merged", "model"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "another template"])
 def test_a_model_that_is_not_as_written_does_not_answer(

@@ -22,7 +22,7 @@ from launch import cli
 from launch.export import merge
 from tests.unit.export_toys import make_run
 from tests.unit.test_bad_input import Refuses, flip_a_bit
-from trainer.checkpoint.layout import RunDir, write_atomically, write_manifest
+from trainer.checkpoint.layout import RunDir, read_manifest, write_atomically, write_manifest
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.errors import EXIT_FAILURE, PacktrainError, UserError
@@ -241,6 +241,31 @@ class TestVerifying:
         shutil.rmtree(run.path)
         full_run(run.path, toy_recipe(optim={"lr": 1e-5}), 2)
         assert "not compared with what was trained" in self.verify(tmp_path / "out", capsys)
+
+    def test_of_another_run_it_is_not_this_runs_model(
+        self, run: RunDir, tmp_path: Path, toy_recipe: Recipe, toy_model_dir: Path, refuses: Refuses
+    ) -> None:
+        """Of the same step, and copied there with its manifest, all hashes in it being right."""
+        config, other = toy_recipe(model={"path": str(toy_model_dir), "dtype": "float32"}), RunDir(tmp_path / "other")
+        full_run(other.path, config, 2)
+        write_result(other, 2, config, load_tokenizer(config.model))
+        own = run.model.rename(tmp_path / "own")
+        shutil.copytree(other.model, run.model)
+        run.write_state("done", 2)
+        for command in (["verify"], ["generate", "--prompt", "a"], ["push", "--repo", "a/b", "--dry-run"]):
+            refuses([command[0], run.path, *command[1:]], f"{run.model}: made by another training", "fix: delete")
+        shutil.rmtree(run.model)
+        own.rename(run.model)
+        assert cli.main(["verify", str(run.path)]) == 0
+
+    @pytest.mark.parametrize("entry", [{}, [], {"bytes": "1", "blake3": ""}])
+    def test_a_manifest_without_hashes_is_named(self, entry: Any, run: RunDir, refuses: Refuses) -> None:
+        manifest = read_manifest(run.model)
+        manifest["files"]["config.json"] = entry
+        (run.model / "manifest.json").write_text(json.dumps(manifest))
+        for command in (["verify"], ["generate", "--prompt", "a"]):
+            texts = ("manifest.json: no readable manifest (of config.json it has no size and hash)",)
+            refuses([command[0], run.path, *command[1:]], *texts, status=EXIT_FAILURE)
 
     def test_damage_is_an_error(self, run: RunDir, refuses: Refuses) -> None:
         flip_a_bit(run.model / "model.safetensors")

@@ -235,9 +235,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             raise ValueError("it lists no files")
+        if damaged := [name for name, entry in manifest["files"].items() if not _is_entry(entry)]:
+            raise ValueError(f"of {damaged[0]} it has no size and hash")
     except (OSError, ValueError) as error:
         raise PacktrainError(f"{folder / MANIFEST}: no readable manifest ({error})") from error
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("blake3"), str)
 
 
 def newest_manifest(run: RunDir) -> dict[str, Any]:

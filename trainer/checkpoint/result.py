@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -160,13 +160,45 @@ def _result_of_run(run_dir: RunDir) -> Result:
             raise UserError(
                 str(run_dir.path), "the run has no finished model yet", fix="let `packtrain train` finish it"
             )
+        check_own(run_dir, run_dir.model)
         return Result("model", run_dir.model, config, run_dir)
     for adapter, checkpoint in _adapters_of_run(run_dir):
         if (adapter / ADAPTER_CONFIG).exists():
+            check_own(run_dir, adapter)
             return replace(_result_of_adapter(adapter, run_dir), checkpoint=checkpoint)
     raise UserError(
         str(run_dir.path), "the run has no adapter and no checkpoint yet", fix="let `packtrain train` save one"
     )
+
+
+def check_own(run: RunDir, result: Path) -> None:
+    """Refuses an ``adapter/`` or ``model/`` that another training left in a run, or that was copied there from one.
+
+    Raises:
+        UserError: the run has the checkpoint of that step, and it holds other weights.
+    """
+    try:
+        made = read_manifest(result)
+        checkpoint = run.step_dir(int(made["step"]))
+        of_checkpoint = hashes_in(read_manifest(checkpoint))
+    except (PacktrainError, KeyError, TypeError, ValueError):  # one of them says nothing of it
+        return
+    if not _is_made_from(made, of_checkpoint):
+        found = f"made by another training than {checkpoint}, which is of the same step"
+        fix = f"delete {result}, and `packtrain train` writes the run's own; to use this one, move it out of the run"
+        raise UserError(str(result), found, "what the run itself trained", fix)
+
+
+def hashes_in(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files that a manifest lists: what tells one checkpoint from another."""
+    return {name: entry["blake3"] for name, entry in manifest["files"].items()}
+
+
+def _is_made_from(made: dict[str, Any], of_checkpoint: dict[str, str]) -> bool:
+    if made.get("kind") == "model":
+        return made.get("checkpoint", {}).get("files", of_checkpoint) == of_checkpoint
+    own, weights = hashes_in(made).get(ADAPTER_WEIGHTS), of_checkpoint.get(f"adapter/{ADAPTER_WEIGHTS}")
+    return own == weights or None in (own, weights)
 
 
 def _result_of_adapter(folder: Path, run_dir: RunDir | None) -> Result:

@@ -14,7 +14,7 @@ import torch
 
 from trainer.checkpoint.appearing import folder_appears_when_complete
 from trainer.checkpoint.layout import find_damage, write_manifest
-from trainer.checkpoint.result import enclosing_run, training_in
+from trainer.checkpoint.result import enclosing_run, hashes_in, training_in
 from trainer.checkpoint.saved import TENSORS, SavedCheckpoint
 from trainer.errors import PacktrainError, UserError
 from trainer.export.card import write_card
@@ -88,11 +88,6 @@ class CheckpointModel:
         record = {"kind": "model", "recipe": recipe, "checkpoint": made_from, **training_in(manifest)}
         write_manifest(folder, record, files)
         write_card(folder, record, run)
-
-
-def hashes_in(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Of the files that a manifest lists: what tells one checkpoint from another."""
-    return {name: entry["blake3"] for name, entry in manifest["files"].items()}
 
 
 def consolidate(checkpoint: Path, out: Path) -> ConsolidateReport:

@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer
 
 from trainer.checkpoint.layout import MANIFEST, RunDir, find_damage, read_manifest
-from trainer.checkpoint.result import enclosing_run
+from trainer.checkpoint.result import check_own, enclosing_run, hashes_in
 from trainer.config import ModelConfig
 from trainer.errors import PacktrainError
 from trainer.export.base import HEAD, BaseTensors
-from trainer.export.consolidate import SERVING, CheckpointModel, hashes_in
+from trainer.export.consolidate import SERVING, CheckpointModel
 from trainer.export.shards import bytes_of
 from trainer.export.streaming import build_empty
 from trainer.export.verify_files import UNREADABLE, as_list, read_exported_config
@@ -62,11 +62,14 @@ def verify_model(folder: Path, check: Check = lambda: None) -> ModelReport:
 
     Raises:
         PacktrainError: it is not what was written, or not the checkpoint's; the text is the evidence.
+        UserError: it lies in a run as its model, and another training made it.
     """
     started, manifest = time.monotonic(), read_manifest(folder)
     again = f"fix: delete {folder} and write it again: `packtrain train` what a run ends with, else `packtrain merge`"
     if damage := find_damage(folder, check):
         raise PacktrainError(f"{damage}\n  {again}")
+    if (run := enclosing_run(folder)) and folder.resolve() == run.model.resolve():
+        check_own(run, folder)
     model, checkpoint = BaseTensors(ModelConfig(path=str(folder))), _find_checkpoint(folder, manifest)
     problems = [*_compare_files(folder, manifest), *_compare_shapes(model, read_exported_config(folder))]
     if checkpoint and not problems:
