@@ -59,7 +59,9 @@ def folder_appears_when_complete(
         except BaseException as error:
             file = _file_without_room(error, temporary)
             was_asked = isinstance(error, Preempted) or not isinstance(error, Exception)
-            if not (was_asked and can_go_on(temporary)):
+            if was_asked and can_go_on(temporary):
+                logger.info("%s is kept: the same command goes on from there", temporary)
+            else:
                 shutil.rmtree(temporary, ignore_errors=True)
             if file:
                 raise _no_room(file, final, num_bytes, _reason(error)) from error

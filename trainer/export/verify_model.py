@@ -86,7 +86,7 @@ def verify_model(folder: Path, check: Check = lambda: None) -> ModelReport:
 def _find_checkpoint(folder: Path, manifest: dict[str, Any]) -> Path | None:
     """The very checkpoint that the model was made from: in the run around it, or where it was then."""
     made_from, run = manifest.get("checkpoint", {}), enclosing_run(folder)
-    places = [run.step_dir(manifest["step"])] if run and "step" in manifest else []
+    places = [run.step_dir(manifest["step"])] if run and isinstance(manifest.get("step"), int) else []
     places += [Path(made_from["path"])] if made_from else []
     for place in places:
         with contextlib.suppress(PacktrainError):  # none there
