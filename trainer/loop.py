@@ -157,9 +157,9 @@ class TrainLoop:
         lr = self.schedule.lr(step)
         self.strategy.module.train()
         loss_sum = self._forward_backward(step, micro_batches, num_trained)
+        self._read_step()  # before an optimizer that may wait for the device, whose time would count as the last step's
         self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
-        self._read_step()
         self._unread = UnreadStep(step, Figure(loss_sum), result, lr, num_tokens, num_trained)
         self.state.step = step
         if self._unread.loss_sum.is_here:

@@ -13,6 +13,7 @@ from trainer.errors import Preempted, TrainingDiverged
 from trainer.loss import PackedCausalLM
 from trainer.metrics.trackers import read_metrics
 from trainer.strategies.figure import Figure
+from trainer.strategies.single import SingleProcess
 
 LORA = {"method": "lora", "r": 4, "alpha": 8}
 MICRO_BATCHES = 2  # a step's, of the toy recipe
@@ -116,6 +117,18 @@ def test_a_step_is_told_before_memory_runs_out_in_the_next(toy_recipe, tmp_path,
     records = told(RunDir(tmp_path / "run"))
     assert steps(records) == [1, 2, 3, 4] and not out_of_order(records)
     assert [r["step"] for r in records if r.get("event") == "out_of_memory"] == [2]
+
+
+def test_a_step_is_told_before_the_optimizer_makes_the_next(toy_recipe, tmp_path, late, monkeypatch):
+    run, step, found = RunDir(tmp_path / "run"), SingleProcess.step, []
+
+    def looking(*arguments):
+        found.append(steps(told(run)))
+        return step(*arguments)
+
+    monkeypatch.setattr(SingleProcess, "step", looking)
+    train(toy_recipe(adapter=LORA, train={"max_steps": 3, "micro_batch": 2}, eval={}), run.path)
+    assert found == [[], [1], [1, 2]] and steps(told(run)) == [1, 2, 3]
 
 
 def test_no_part_of_a_step_is_timed_with_another(toy_recipe, tmp_path, at_step):
