@@ -24,6 +24,7 @@ from trainer.preemption import StopRequest
 from trainer.schedule import Schedule
 from trainer.sizes import Sizes
 from trainer.strategies.base import StepResult, Strategy
+from trainer.strategies.figure import Figure
 from trainer.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,12 @@ class UnreadStep:
     """A step whose figures may still be on their way.
 
     Attributes:
-        loss_sum: over the global batch, on the device.
+        loss_sum: over the global batch.
         num_tokens, num_trained: of the global batch.
     """
 
     step: int
-    loss_sum: torch.Tensor
+    loss_sum: Figure
     result: StepResult
     lr: float
     num_tokens: int
@@ -156,11 +157,13 @@ class TrainLoop:
         lr = self.schedule.lr(step)
         self.strategy.module.train()
         loss_sum = self._forward_backward(step, micro_batches, num_trained)
+        self._read_step()  # before an optimizer that may wait for the device, whose time would count as the last step's
         self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
-        self._read_step()
-        self._unread = UnreadStep(step, loss_sum, result, lr, num_tokens, num_trained)
+        self._unread = UnreadStep(step, Figure(loss_sum), result, lr, num_tokens, num_trained)
         self.state.step = step
+        if self._unread.loss_sum.is_here:
+            self._read_step()
 
     def _read_step(self) -> None:
         """Waits for the latest step that was not read yet, records it, and counts it if it was skipped.
@@ -174,7 +177,7 @@ class TrainLoop:
         self.watchdog.observe(unread.step, unread.result.grad_norm)
         record = {
             "step": unread.step,
-            "loss": unread.loss_sum.item() / max(1, unread.num_trained),
+            "loss": float(unread.loss_sum) / max(1, unread.num_trained),
             "lr": unread.lr,
             "grad_norm": unread.result.grad_norm,
             "tokens": unread.num_tokens,
@@ -194,6 +197,7 @@ class TrainLoop:
             return self.strategy.forward_backward(micro_batches, num_trained, self._begin_micro_batch)
         except torch.OutOfMemoryError as error:
             failure = error.with_traceback(None)  # its frames hold the activations
+        self._read_step()  # told before what became of this one
         # Among several processes the others may wait for this one in a collective, and nobody can call them back.
         text = self.sizes.back_off(self.meter.peak_memory) if self.processes.world_size == 1 else None
         if text is None:

@@ -45,6 +45,7 @@ from trainer.model.weights import build_on_meta, random_tensor
 from trainer.optim import build_optimizer
 from trainer.planning.levels import read_levels
 from trainer.processes import Processes
+from trainer.strategies.figure import Figure
 from trainer.strategies.single import SingleProcess
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -296,6 +297,15 @@ def test_a_step_does_not_wait_for_the_gpu(sections: dict[str, Any], toy_recipe: 
             torch.cuda.set_sync_debug_mode("default")
         norms.append(result.grad_norm)
     assert norms[0] > 0 and norms[1] > 0
+
+
+def test_a_figure_is_read_while_the_gpu_does_what_came_after_it() -> None:
+    torch.cuda._sleep(1)  # the first is compiled and loaded
+    number = torch.ones((), device=CUDA) * 2
+    figure, later = Figure(number), torch.cuda.Event()
+    torch.cuda._sleep(2 * 10**9)  # cycles, about a second
+    later.record()
+    assert float(figure) == 2.0 and not later.query() and not figure.is_here
 
 
 @pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}], ids=["full", "lora"])

@@ -15,6 +15,7 @@ from torch import nn
 
 from trainer.data.types import PackedBatch
 from trainer.processes import Processes
+from trainer.strategies.figure import Figure
 
 StateDict = dict[str, torch.Tensor]
 
@@ -45,7 +46,7 @@ class StepResult:
     """
 
     def __init__(self, norm: float | torch.Tensor, counts: bool = True) -> None:
-        self._norm, self._counts = norm, counts
+        self._norm, self._counts = Figure(norm) if isinstance(norm, torch.Tensor) else norm, counts
 
     @cached_property
     def grad_norm(self) -> float:
