@@ -64,7 +64,8 @@ def make_run(
         record = {"state": state, "step": saved, "reason": reason, "started": started}
         (folder / "state.json").write_text(json.dumps(record))
     if saved:
-        manifest = {"files": {}, "progress": {"loop": {"best_loss": best_loss}}}
+        files = {"dcp/.metadata": {"bytes": 1, "blake3": "0"}}
+        manifest = {"files": files, "progress": {"loop": {"best_loss": best_loss}}}
         checkpoint = folder / "checkpoints" / f"step_{saved:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))

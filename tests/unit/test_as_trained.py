@@ -242,6 +242,10 @@ def test_the_base_is_found_where_it_was_in_training(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert AS_TRAINED in packtrain("merge", run, "--out", "out")
+    flip_a_bit(Path(shutil.copytree(trained / "base", "base"), "model.safetensors"))
+    said = packtrain("merge", run, "--out", "another", status=2)
+    assert "content hash" in said and f"{run / 'recipe.yaml'} to {trained / 'base'}, where it was in training" in said
+    shutil.rmtree("base")
 
     moved, gone = (trained / "base").rename(trained / "moved"), str(trained / "base")
     try:

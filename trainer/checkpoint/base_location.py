@@ -44,10 +44,12 @@ def locate_base(result: Result) -> ModelConfig:
 
 
 def how_to_name(result: Result) -> str:
-    """What a user does to name another place of the base."""
+    """What a user does to name another place of the base, such as the one it had in training."""
+    noted = (result.base or {}).get("path") or ""
+    place = f" to {noted}, where it was in training" if noted and Path(noted).exists() else ""
     if result.run_dir:
-        return f"set model.path in {result.run_dir.recipe}"
-    return f"set {NAMED} in {result.folder / ADAPTER_CONFIG}"
+        return f"set model.path in {result.run_dir.recipe}{place}"
+    return f"set {NAMED} in {result.folder / ADAPTER_CONFIG}{place}"
 
 
 def _by_peft(result: Result, peft: dict[str, Any]) -> ModelConfig:

@@ -233,7 +233,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not manifest["files"]:
             raise ValueError("it lists no files")
         if damaged := [name for name, entry in manifest["files"].items() if not _is_entry(entry)]:
             raise ValueError(f"of {damaged[0]} it has no size and hash")
