@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,12 @@ from trainer.export.merge import merge_adapter
 from trainer.export.verify import verify_export
 from trainer.generate import load_for_inference
 
+pytestmark = pytest.mark.usefixtures("log_to_this_test")
 Change = Callable[[Path], object]
 Run = Callable[..., str]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHAT = [{"role": "user", "content": "Sort d c b a."}, {"role": "assistant", "content": "a b c d"}]
 AS_TRAINED = "is the model that was trained"
-
-
-@pytest.fixture(autouse=True)
-def _log_to_this_test() -> Iterator[None]:
-    """The command line sets the log up once a process, and would hold on to an earlier test's stderr."""
-    yield
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
-        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")

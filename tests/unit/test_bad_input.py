@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import resource
 import shutil
@@ -23,18 +22,10 @@ from tests.unit.export_toys import two_step_recipe
 from trainer.checkpoint.layout import RunDir, find_damage
 from trainer.errors import EXIT_FAILURE, EXIT_USER_ERROR, explain_os_error
 
+pytestmark = pytest.mark.usefixtures("log_to_this_test")
 Change = Callable[[Path], object]
 Refuses = Callable[..., str]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def _log_to_this_test() -> Iterator[None]:
-    """The command line sets the log up once a process, and would hold on to an earlier test's stderr."""
-    yield
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
-        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
