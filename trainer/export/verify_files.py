@@ -10,9 +10,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.errors import PacktrainError
+from trainer.model.tokenizer import UNREADABLE
 
 PROMPTS = ("The capital of France is", "Explain in one sentence why the sky is blue.", "1, 2, 3, 4,", "def add(a, b):")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what transformers raises where files are missing or broken
 
 MAX_LISTED = 8
 

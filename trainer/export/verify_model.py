@@ -24,7 +24,8 @@ from trainer.export.base import HEAD, BaseTensors
 from trainer.export.consolidate import SERVING, CheckpointModel
 from trainer.export.shards import bytes_of
 from trainer.export.streaming import build_empty
-from trainer.export.verify_files import UNREADABLE, as_list, read_exported_config
+from trainer.export.verify_files import as_list, read_exported_config
+from trainer.model.tokenizer import UNREADABLE
 
 Check = Callable[[], None]
 
