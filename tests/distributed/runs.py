@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,12 +78,11 @@ def _place(strategy: Strategy, owner: nn.Module, leaf: str, whole: torch.Tensor)
     strategy.place(owner, leaf, whole)
 
 
-def build(processes: Processes, config: RunConfig, place: Callable[..., None] = _place, **options: Any) -> Strategy:
+def build(processes: Processes, config: RunConfig, place: Callable[..., None] = _place) -> Strategy:
     """Model and strategy of a recipe, loaded and ready to train, as a run assembles them.
 
     Args:
         place: called as ``place(strategy, owner, leaf, whole)`` for every parameter.
-        options: further arguments of `FullyShard`, which are no field of a recipe.
     """
     built = build_model(config, processes.device)
     if config.train.offload_activations:
@@ -92,9 +90,6 @@ def build(processes: Processes, config: RunConfig, place: Callable[..., None] = 
     bytes_of = fingerprint if config.quantization else None
     job = describe_job(config, built.model, processes)
     strategy = build_strategy(config, job, processes, bytes_of)
-    if options:
-        dtype = getattr(torch, config.compute_dtype)
-        strategy = type(strategy)(processes, config.strategy, dtype, fingerprint=bytes_of, **options)  # type: ignore
     strategy.shard(PackedCausalLM(built.model, getattr(torch, config.compute_dtype)))
     load_weights(built, config, partial(place, strategy), processes, lambda activity: None)
     strategy.prepare(partial(build_optimizer, config.optim))

@@ -57,11 +57,9 @@ def sampler(packs_per_step: int = 12, steps: int = STEPS) -> GlobalBatchSampler:
     return GlobalBatchSampler(len(PACKS), packs_per_step, steps * packs_per_step / len(PACKS), seed=3)
 
 
-def train_cell(
-    processes: Processes, config: RunConfig, packs_per_step: int, micro_batch: int, options: dict[str, Any]
-) -> Trace:
+def train_cell(processes: Processes, config: RunConfig, packs_per_step: int, micro_batch: int) -> Trace:
     """A rank's part in one cell."""
-    strategy = build(processes, config, **options)
+    strategy = build(processes, config)
     trace = train_steps(strategy, sampler(packs_per_step), PACKS, micro_batch, range(STEPS), config.optim.max_grad_norm)
     if config.train.offload_activations:
         root: Any = strategy.module
@@ -116,7 +114,6 @@ def check(
     kind: str,
     accumulation: int = 1,
     packs_per_step: int = 12,
-    options: dict[str, Any] | None = None,
     **sections: Any,
 ) -> list[Trace]:
     """Trains one cell and compares losses, gradient norms, gradients (as the moments hold them) and weights."""
@@ -124,7 +121,7 @@ def check(
     config = cells.config(variant, strategy=strategy, **sections)
     rounds = -(-packs_per_step // world_size)
     micro_batch = -(-rounds // accumulation)
-    traces = pool(world_size).run(train_cell, config, packs_per_step, micro_batch, options or {})
+    traces = pool(world_size).run(train_cell, config, packs_per_step, micro_batch)
 
     found, wanted, tolerance = traces[0], cells.reference(variant, packs_per_step), VARIANTS[variant][1]
     assert {tuple(trace.num_micro_batches) for trace in traces} == {(accumulation,) * STEPS}
@@ -202,32 +199,29 @@ def test_activations_in_host_memory(
     check(pool, cells, world_size, method, kind, accumulation=3, train=train)
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "ddp, moments on the host": (2, {"kind": "ddp", "offload": "optimizer"}, {}),
-    "fsdp2, moments on the host": (2, {"kind": "fsdp2", "offload": "optimizer"}, {}),
-    "fsdp2, all on the host": (2, {"kind": "fsdp2", "offload": "all"}, {}),
-    "fsdp2, layers stay gathered": (2, {"kind": "fsdp2", "reshard": False}, {}),
-    "fsdp2, bytes seen as floats": (2, {"kind": "fsdp2"}, {"bit_view": True}),
-    "zero2, moments on the host": (2, {"kind": "zero2", "offload": "optimizer"}, {}),
-    "zero3, all on the host": (2, {"kind": "zero3", "offload": "all"}, {}),
-    "fsdp2, two copies of two shards": (4, {"kind": "fsdp2", "shard_size": 2}, {}),
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp, moments on the host": (2, {"kind": "ddp", "offload": "optimizer"}),
+    "fsdp2, moments on the host": (2, {"kind": "fsdp2", "offload": "optimizer"}),
+    "fsdp2, all on the host": (2, {"kind": "fsdp2", "offload": "all"}),
+    "fsdp2, layers stay gathered": (2, {"kind": "fsdp2", "reshard": False}),
+    "zero2, moments on the host": (2, {"kind": "zero2", "offload": "optimizer"}),
+    "zero3, all on the host": (2, {"kind": "zero3", "offload": "all"}),
+    "fsdp2, two copies of two shards": (4, {"kind": "fsdp2", "shard_size": 2}),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("world_size", "strategy", "options"), LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(
-    world_size: int, strategy: dict[str, Any], options: dict[str, Any], method: str, pool: Pools, cells: Cells
-) -> None:
+@pytest.mark.parametrize(("world_size", "strategy"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(world_size: int, strategy: dict[str, Any], method: str, pool: Pools, cells: Cells) -> None:
     rest = {key: value for key, value in strategy.items() if key != "kind"}
-    check(pool, cells, world_size, method, strategy["kind"], accumulation=3, options=options, strategy=rest)
+    check(pool, cells, world_size, method, strategy["kind"], accumulation=3, strategy=rest)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("world_size", [2])
 def test_float16_finds_its_loss_scale_on_all_ranks_alike(world_size: int, kind: str, pool: Pools, cells: Cells) -> None:
     config = cells.config("lora", model={"dtype": "float16"}, strategy={"kind": kind})
-    first, second = pool(world_size).run(train_cell, config, 12, 2, {})
+    first, second = pool(world_size).run(train_cell, config, 12, 2)
     assert first.skipped == second.skipped and first.losses == second.losses
     done = [index for index, skipped in enumerate(first.skipped) if not skipped]
     assert done  # the scale came down to where gradients are finite

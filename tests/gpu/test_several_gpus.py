@@ -98,7 +98,7 @@ def test_4bit_bytes_stay_as_they_were_placed(
 ) -> None:
     sections = METHODS["qlora"] | {"quantization": {"double_quant": scales != "patterns"}}
     config = load_recipe(recipe(**sections, strategy={"kind": kind}))
-    for found in gpus.run(train_on_patterns, config, scales, tmp_path / "run", {}):
+    for found in gpus.run(train_on_patterns, config, scales, tmp_path / "run"):
         assert found["wrong"] == []
         assert found["pairs"]["packed"] == 2**16
         assert scales != "patterns" or found["pairs"]["scales"] == 2**16

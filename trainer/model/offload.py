@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from trainer.errors import UserError
+from trainer.streams import Mark, SideStream
 
 PAGE_BYTES = 4 * 2**20  # of host memory; tensors of less than a quarter stay where they are
 PAGES_A_BLOCK = 64  # pinned at a time, which is slow; a power of two, as torch would round up to one
@@ -38,7 +39,7 @@ class ActivationOffload:
         self._first, self._last = layers[0], layers[-1]
         self._owners = {layer: [part for part in layer.modules() if part._parameters] for layer in layers}
         self._device, self._pages = device, Pages(page_bytes, device.type == "cuda")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = SideStream(device)
         self._below: _Kept | None = None  # of the layer that has computed last
         self._coming: _Kept | None = None  # held here, as a backward that fails lets go of it
 
@@ -58,7 +59,7 @@ class ActivationOffload:
         pack = partial(self._pack, kept, [] if again else self._owners[layer], shared)
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
-        kept.gone = self._mark()
+        kept.gone = self._stream.mark()
         if self._below is not None:
             self._let_go(self._below)
         self._below = None if layer is self._last else kept
@@ -70,8 +71,7 @@ class ActivationOffload:
 
     def _begin(self) -> None:
         """The forward before may have failed, and its backward may have been left out."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._stream.wait_for_all()
         self._below = self._coming = None
 
     def _pack(self, kept: _Kept, owners: list[nn.Module], shared: set[int], tensor: torch.Tensor) -> Any:
@@ -97,13 +97,13 @@ class ActivationOffload:
     def _send(self, storage: torch.UntypedStorage) -> _Stored:
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         stored = _Stored(self._pages, whole)
-        with self._beside():
+        with self._stream.beside():
             for page, piece in stored.pieces():
                 page.copy_(piece, non_blocking=True)
         return stored
 
     def _let_go(self, kept: _Kept) -> None:
-        self._wait(kept.gone)
+        self._stream.wait(kept.gone)
         for stored in kept.stored.values():
             stored.whole = None
 
@@ -113,7 +113,7 @@ class ActivationOffload:
             return
         kept.reached = True
         self._fetch(kept)
-        self._wait(kept.back)
+        self._stream.wait(kept.back)
         kept.stored.clear()  # each is freed with the last node that needs it
         self._coming, kept.below = kept.below, None
         if self._coming is not None:
@@ -123,29 +123,12 @@ class ActivationOffload:
         missing = [stored for stored in kept.stored.values() if stored.whole is None]
         for stored in missing:
             stored.whole = torch.empty(stored.nbytes, dtype=torch.uint8, device=self._device)
-        with self._beside():
+        with self._stream.beside():
             for stored in missing:
                 for page, piece in stored.pieces():
                     piece.copy_(page, non_blocking=True)
         if missing:
-            kept.back = self._mark()
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Copies that begin when what is queued now is done, and run beside what is queued from now on."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def _mark(self) -> torch.cuda.Event | None:
-        return None if self._stream is None else self._stream.record_event()
-
-    def _wait(self, mark: torch.cuda.Event | None) -> None:
-        if mark is not None:
-            torch.cuda.current_stream(self._device).wait_event(mark)
+            kept.back = self._stream.mark()
 
 
 class Pages:
@@ -201,8 +184,8 @@ class _Kept:
     below: _Kept | None
     stays: bool
     stored: dict[int, _Stored] = field(default_factory=dict)
-    gone: torch.cuda.Event | None = None
-    back: torch.cuda.Event | None = None
+    gone: Mark = None
+    back: Mark = None
     reached: bool = False
 
 

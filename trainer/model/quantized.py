@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from trainer.config import QuantizationConfig
@@ -151,26 +150,26 @@ def _bytes_parameter(device: torch.device | str | None, *shape: int) -> nn.Param
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
 
-def fingerprint(model: nn.Module, group: dist.ProcessGroup | None = None) -> str:
+def fingerprint(
+    model: nn.Module,
+    group: dist.ProcessGroup | None = None,
+    own: Callable[[nn.Parameter], torch.Tensor] = nn.Parameter.detach,
+) -> str:
     """Fingerprint of every byte of the quantised weights of `model`; the same wherever and however they lie.
 
     Loss does not notice corrupted scales (it stays equal to four digits), this does.
 
     Args:
-        group: the processes among which the bytes are cut (DTensors), each holding its own; None where they are whole.
+        group: the processes among which the bytes are cut, each holding its own; None where they are whole.
+        own: this process's part of a parameter where it is cut.
     """
     sums = Fingerprint()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            sums.add(_local(module.packed), _local(module.scales))
+            sums.add(own(module.packed), own(module.scales))
     if group is not None:
         sums.all_reduce(group)
     return sums.text()
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    data = parameter.detach()
-    return data.to_local() if isinstance(data, DTensor) else data
 
 
 class Fingerprint:

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from trainer.data.types import PackedBatch
@@ -65,8 +64,8 @@ class StepResult:
 
 
 BuildOptimizer = Callable[..., torch.optim.Optimizer]  # (named tensors, min_8bit_size), as `optim.build_optimizer`
-# Of the quantised bytes of a module, added up over a process group where they are cut; None where a base has none.
-Fingerprint = Callable[[nn.Module, dist.ProcessGroup | None], str] | None
+# Of the quantised bytes of a module, as `trainer.model.quantized.fingerprint`; None where a base has none.
+Fingerprint = Callable[..., str] | None
 
 
 class Strategy(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,23 +17,25 @@ from torch.distributed.tensor import DTensor
 from trainer.config import StrategyConfig
 from trainer.errors import UserError
 from trainer.processes import Processes
-from trainer.storage import put
-from trainer.strategies.base import Fingerprint
+from trainer.storage import allocate, put
+from trainer.strategies.base import BuildOptimizer, Fingerprint
+from trainer.strategies.frozen import FrozenLayers
+from trainer.strategies.gathering import choose_piece
 from trainer.strategies.single import SingleProcess
 
 CPU = torch.device("cpu")
-# torch 2.11 shards floating parameters only; what is sharded as bytes there is seen as floats.
-SHARDS_BYTES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 class FullyShard(SingleProcess):
-    """Every process holds its rows of each parameter; a layer is whole only while it computes.
+    """Every process holds its rows of what is trained; a layer is whole only while it computes.
+
+    Of a model that is trained as a whole, FSDP2 gathers layer by layer, and adds up gradients so. Under an adapter the
+    layers' frozen weights are cut by `FrozenLayers`; the model's ends, which a micro-batch needs whole from its first
+    moment to its last, are whole everywhere; and the adapter is FSDP2's, in one piece: it is small, and a collective
+    for each layer would have processes wait for one another as often.
 
     Args:
-        compute_dtype: of the matmuls; weights are gathered in it, gradients added up in float32.
-        bit_view: shard quantised bytes as a view in float32. A cast would destroy them, so nothing of such a model is
-            gathered in another dtype than it rests in. Not in a narrower one: on CUDA, FSDP2 collects what it sends by
-            ``torch._foreach_copy_``, which takes 16-bit floats through float32 and makes all NaNs one.
+        compute_dtype: of the matmuls; trained weights are gathered in it, gradients added up in float32.
     """
 
     name = "fsdp2"
@@ -45,10 +47,9 @@ class FullyShard(SingleProcess):
         compute_dtype: torch.dtype,
         loss_scaling: bool = False,
         fingerprint: Fingerprint = None,
-        bit_view: bool = not SHARDS_BYTES,
     ) -> None:
         super().__init__(processes, loss_scaling, config.offload == "optimizer", fingerprint)
-        self.config, self.compute_dtype, self.bit_view = config, compute_dtype, bit_view
+        self.config, self.compute_dtype = config, compute_dtype
         self.home = CPU if config.offload == "all" else self.device  # where shards rest
         self.num_shards = config.shard_size or processes.world_size
         self.mesh = self._build_mesh(self.device.type)
@@ -60,26 +61,37 @@ class FullyShard(SingleProcess):
 
     def shard(self, module: nn.Module) -> None:
         self.module = module
-        self._trains_base = all(parameter.requires_grad for parameter in module.parameters())
-        self._gather_dtype: torch.dtype | None = self.compute_dtype
-        if self.bit_view and any(parameter.dtype == torch.uint8 for parameter in module.parameters()):
-            _view_bytes_as_floats(module)
-            self._gather_dtype = None
         causal_lm: Any = module.get_submodule("model.base_model.model" if _is_peft(module) else "model")
         layers = list(causal_lm.model.layers)
-        for layer in layers:
-            fully_shard(layer, reshard_after_forward=self.config.reshard, **self._options())
-        fully_shard(module, reshard_after_forward=False, **self._options())
-        for earlier, later in itertools.pairwise(layers):
-            earlier.set_modules_to_forward_prefetch([later])
-            later.set_modules_to_backward_prefetch([earlier])
-        # Parameters alone: buffers without storage are filled by whoever loads the model.
-        module._apply(lambda t: torch.empty_like(t, device=self.home) if isinstance(t, nn.Parameter) else t)
+        self._frozen: FrozenLayers | None = None
+        if not all(parameter.requires_grad for parameter in module.parameters()):
+            make_piece = choose_piece(self.processes, self._shard_group, self.device, self.home)
+            self._frozen = FrozenLayers(layers, self._shard_group, self.device, make_piece, self.config.reshard)
+        frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+        options = self._options() | {"ignored_params": frozen}
+        if self._frozen is None:
+            for layer in layers:
+                fully_shard(layer, reshard_after_forward=self.config.reshard, **options)
+            for earlier, later in itertools.pairwise(layers):
+                earlier.set_modules_to_forward_prefetch([later])
+                later.set_modules_to_backward_prefetch([earlier])
+        fully_shard(module, reshard_after_forward=False, **options)
+        module._apply(lambda t: torch.empty_like(t, device=self.home) if isinstance(t, DTensor) else t)
+        allocate(module, self.device)
+
+    def prepare(self, build_optimizer: BuildOptimizer) -> None:
+        super().prepare(build_optimizer)
+        if self._frozen:
+            self._frozen.settle(self.processes)
 
     def place(self, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
         parameter: Any = owner.get_parameter(leaf)
-        if whole.dtype == torch.uint8 != parameter.dtype:
-            whole = whole.contiguous().view(parameter.dtype)
+        if self._frozen and parameter in self._frozen:
+            self._frozen.place(parameter, whole)
+            return
+        if not parameter.requires_grad:
+            put(parameter, whole)
+            return
         local: torch.Tensor = parameter.to_local()
         rows_each = -(-whole.shape[0] // self.num_shards)
         put(local, whole.narrow(0, min(self.shard_index * rows_each, whole.shape[0]), local.shape[0]))
@@ -96,7 +108,10 @@ class FullyShard(SingleProcess):
 
     def fingerprint(self) -> str | None:
         self._reshard()
-        return self._fingerprint(self.module, self._shard_group) if self._fingerprint else None
+        if self._fingerprint is None:
+            return None
+        assert self._frozen, "a quantised base is never trained"
+        return self._fingerprint(self.module, self._shard_group, self._frozen.own)
 
     def wrap(self, name: str, local: torch.Tensor) -> torch.Tensor:
         whole: Any = self._trained[name]
@@ -105,13 +120,19 @@ class FullyShard(SingleProcess):
             local, mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
-    def _micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def _micro_batch(self, is_last: bool) -> Iterator[None]:
         root: Any = self.module
         # A whole model's gradients are added up in shards, for there is no room for more; an adapter's are small, and
-        # what they cost to send is paid once a step.
-        root.set_requires_gradient_sync(is_last or self._trains_base)
+        # what they cost to send is paid once a step, as is its way to all.
+        root.set_requires_gradient_sync(is_last or self._frozen is None)
+        root.set_reshard_after_backward(is_last or self._frozen is None)
         root.set_is_last_backward(is_last)
-        return nullcontext()
+        try:
+            yield
+        finally:
+            if self._frozen:
+                self._frozen.end_backward()
 
     def _sum(self, loss_sum: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(loss_sum)
@@ -130,6 +151,8 @@ class FullyShard(SingleProcess):
 
     def _reshard(self) -> None:
         """Frees what was gathered; layers that are to stay so after a forward wait for a backward else."""
+        if self._frozen:
+            self._frozen.release()
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -150,7 +173,7 @@ class FullyShard(SingleProcess):
         return init_device_mesh(device_type, (copies, self.num_shards), mesh_dim_names=("copy", "shard"))
 
     def _options(self) -> dict[str, Any]:
-        policy = MixedPrecisionPolicy(self._gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         return {
             "mesh": self.mesh,
             "mp_policy": policy,
@@ -158,22 +181,6 @@ class FullyShard(SingleProcess):
             if self.home != self.device
             else OffloadPolicy(),
         }
-
-
-def _view_bytes_as_floats(module: nn.Module) -> None:
-    for owner in module.modules():
-        for leaf, parameter in list(owner.named_parameters(recurse=False)):
-            if parameter.dtype != torch.uint8:
-                continue
-            if parameter.shape[-1] % 4:
-                raise UserError(
-                    "strategy.kind",
-                    f"fsdp2 with torch {torch.__version__}, and {leaf} of {parameter.shape[-1]} bytes a row",
-                    "a multiple of 4",
-                    "take torch 2.13, or strategy.kind: ddp",
-                )
-            view = nn.Parameter(parameter.detach().view(torch.float32), requires_grad=False)
-            owner.register_parameter(leaf, view)
 
 
 def _is_peft(module: nn.Module) -> bool:
