@@ -138,15 +138,21 @@ class PackedCausalLM(nn.Module):
         with torch.autocast(device_type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             # In the matmuls' dtype whatever the table rests in, or the residual stream's would depend on the strategy.
             embeddings = causal_lm.get_input_embeddings()(batch.input_ids).to(self.compute_dtype)
-            return causal_lm.model(
-                inputs_embeds=embeddings,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                cu_seq_lens_q=batch.cu_seqlens,
-                cu_seq_lens_k=batch.cu_seqlens,
-                max_length_q=batch.max_seqlen,
-                max_length_k=batch.max_seqlen,
-            )[0][0]
+            # Not by the decoder's own forward: it looks for documents in the positions to make a mask of them, which
+            # is not needed here, and waits for the device to see them.
+            decoder, hidden = causal_lm.model, embeddings
+            shared = {
+                "attention_mask": None,
+                "position_ids": batch.position_ids,
+                "position_embeddings": decoder.rotary_emb(hidden, position_ids=batch.position_ids),
+                "cu_seq_lens_q": batch.cu_seqlens,
+                "cu_seq_lens_k": batch.cu_seqlens,
+                "max_length_q": batch.max_seqlen,
+                "max_length_k": batch.max_seqlen,
+            }
+            for layer in decoder.layers:
+                hidden = layer(hidden, **shared)
+            return decoder.norm(hidden)[0]
 
     def _predict(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Last hidden states before the trained tokens, the head's weight, and those tokens."""

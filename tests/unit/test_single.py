@@ -6,8 +6,15 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.data.sampler import collate
 from trainer.launchers import World
+from trainer.loss import PackedCausalLM
+from trainer.model.load import load_model
+from trainer.model.recompute import set_recompute
+from trainer.optim import build_optimizer
+from trainer.planning.levels import read_levels
 from trainer.processes import Processes
 from trainer.strategies.scaler import GROWTH_INTERVAL, MIN_SCALE, LossScaler
 from trainer.strategies.single import SingleProcess
@@ -187,3 +194,35 @@ def test_dropout_follows_the_batch_and_not_the_process():
     first, second = (single.forward_backward([ONES], 1) for _ in range(2))
     torch.rand(7)
     assert torch.equal(first, second) and torch.equal(single.forward_backward([ONES], 1), first)
+
+
+class ReadBack(TorchDispatchMode):
+    """Notes every operation that has the host look at a tensor, for which it would wait on a GPU."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "equal", "unique", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.lstrip("_") in {look.lstrip("_") for look in self.LOOKS}:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}, {"adapter": {"r": 4}, "quantization": {}}])
+def test_the_host_looks_at_nothing_of_a_step(sections, recompute, toy_recipe):
+    config = toy_recipe(**sections)
+    single = SingleProcess(ALONE)
+    single.module = PackedCausalLM(load_model(config, ALONE.device).model, torch.float32).train()
+    single.prepare(partial(build_optimizer, config.optim))
+    set_recompute(single.module.model, read_levels(recompute, 2))
+    documents = [(list(range(5, 25)), list(range(5, 25))), (list(range(30, 40)), list(range(30, 40)))]
+    batch = collate([documents])
+    single.forward_backward([batch], batch.num_trained_tokens)
+    with ReadBack() as looks:
+        single.forward_backward([batch, batch], 2 * batch.num_trained_tokens)
+        result = single.step(1e-3, 1.0)
+    assert looks.found == [] and result.grad_norm > 0
