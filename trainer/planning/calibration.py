@@ -29,7 +29,8 @@ LAYER_SECONDS = 1.0e-3  # of a layer whatever its tokens, on small kernels and t
 # ---------------------------------------------------------------------------------------------------- several processes
 
 WAITING = 0.03  # share of a step that processes wait for one another: ddp against one GPU
-GATHERING = 0.035  # and with layers gathered beside the matmuls: fsdp2 against ddp
+GATHERING = 0.035  # and with layers gathered beside the matmuls by a collective: fsdp2 against ddp
+PULLING = 0.013  # and with frozen layers pulled by copy engines: fsdp2 against ddp
 ZERO_3 = 0.035  # and of DeepSpeed's stage 3 on top
 GATHER_OVERLAP = 0.8  # share of a layer's computation that a gather may hide behind; estimate
 BETWEEN_HOSTS = 40e9  # bytes/s each way of a GPU's share of the network between hosts; estimate (400 Gb/s InfiniBand)
@@ -41,7 +42,8 @@ HOST_ADAM = 1.5e9  # weights that a process's optimizer steps on in host memory 
 CONTEXT = 0.8 * GIB  # CUDA's context and libraries, which torch does not count; estimate
 COMMUNICATION = 1.0 * GIB  # NCCL's buffers, with several processes; estimate
 MARGIN = 0.05  # of what is predicted, left free for the allocator and the prediction's error
-GATHERED_LAYERS = 3  # whole at a time under fsdp2: computing, coming, and copied out of what was received
+GATHERED_LAYERS = 3  # trained ones, whole at a time under fsdp2: computing, coming, and copied out of what was received
+FROZEN_LAYERS = 2  # frozen ones: computing and coming
 ZERO_BUFFERS = 2.4  # bytes for each trained weight that DeepSpeed holds to send and receive; one run of zero3
 HOST_PROCESS = 4.0 * GIB  # of host memory that a process has for Python, torch, CUDA and its packs; estimate
 

@@ -155,12 +155,14 @@ def _distinct_inputs(linears: dict[str, tuple[float, float]]) -> dict[str, float
 
 
 def _weights(job: Job, kind: Kind) -> float:
+    shape, adapter = job.shape, job.config.adapter
+    cut, whole = (shape.num_layers * job.layer_bytes, job.root_bytes) if adapter else (0.0, 0.0)
+    if kind != "fsdp2":  # which has frozen ends whole everywhere
+        cut, whole = cut + whole, 0.0
     if job.config.strategy.offload == "all":
-        return 0.0
-    shape = job.shape
-    size = job.compute_size if kind.startswith("zero") and job.config.adapter is None else job.trained_size
-    base = shape.num_layers * job.layer_bytes + job.root_bytes if job.config.adapter else 0.0
-    return (base + job.trained_weights * size) / _shards_of_weights(job, kind)
+        return whole
+    size = job.compute_size if kind.startswith("zero") and adapter is None else job.trained_size
+    return whole + (cut + job.trained_weights * size) / _shards_of_weights(job, kind)
 
 
 def _shards_of_weights(job: Job, kind: Kind) -> int:
@@ -170,6 +172,8 @@ def _shards_of_weights(job: Job, kind: Kind) -> int:
 def _gradients(job: Job, kind: Kind) -> float:
     if job.config.strategy.offload == "all":
         return 0.0
+    if kind == "fsdp2" and job.config.adapter:  # whole until the last backward of a step, in float32
+        return job.trained_weights * SIZES["float32"]
     shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind in ("zero2", "zero3") else 1
     size = job.compute_size if kind.startswith("zero") else job.trained_size
     return job.trained_weights * size / shards
@@ -191,6 +195,9 @@ def _gathered(job: Job, kind: Kind) -> float:
         return float(size * shape.linear_weights) if casts else 0.0
     if _shards_of_weights(job, kind) == 1 and job.config.strategy.offload != "all":
         return several
+    if kind == "fsdp2" and job.config.adapter:
+        whole = shape.num_layers if not job.config.strategy.reshard else calibration.FROZEN_LAYERS
+        return whole * job.layer_bytes + size * job.trained_weights
     layer = job.layer_bytes if job.config.adapter else size * shape.layer_weights
     whole = shape.num_layers if not job.config.strategy.reshard else calibration.GATHERED_LAYERS
     root = (shape.embedding_weights + shape.hidden) * size

@@ -167,9 +167,12 @@ def _exposed_gathers(job: Job, kind: Kind, computing: float) -> float:
 
 
 def _exposed_gradients(job: Job, kind: Kind, computing: float) -> float:
-    """Seconds of a step in which gradients are added up after the last backward."""
+    """Seconds of a step in which gradients are added up after the last backward, and fsdp2's adapters gathered."""
     if job.num_gpus == 1:
         return 0.0
+    if kind == "fsdp2" and job.config.adapter:  # as a whole, before the first forward and after the last backward
+        sent = (job.compute_size + 4) * job.trained_weights * (job.num_gpus - 1) / job.num_gpus
+        return sent / _fabric(job, job.num_gpus)
     passes = 1 if kind in ("fsdp2", "zero2", "zero3") else 2  # scattered, or added up everywhere
     sent = passes * 4 * job.trained_weights * (job.num_gpus - 1) / job.num_gpus / _fabric(job, job.num_gpus)
     return max(0.0, sent - calibration.GATHER_OVERLAP * 2 / 3 * computing)
@@ -192,8 +195,11 @@ def _fabric(job: Job, group: int) -> float:
 def _waiting(job: Job, kind: Kind) -> float:
     if job.num_gpus == 1:
         return 0.0
+    waiting = calibration.WAITING
+    if kind == "fsdp2" and job.config.adapter and job.num_shards <= job.gpus_per_host:
+        return waiting + calibration.PULLING
     gathers = calibration.GATHERING if kind in ("fsdp2", "zero3") else 0.0
-    return calibration.WAITING + gathers + (calibration.ZERO_3 if kind == "zero3" else 0.0)
+    return waiting + gathers + (calibration.ZERO_3 if kind == "zero3" else 0.0)
 
 
 def _optimizer(job: Job, kind: Kind) -> float:
