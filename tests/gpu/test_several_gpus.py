@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from distributed.pool import Pool
 from distributed.test_bytes import train_on_patterns
@@ -22,7 +23,9 @@ from distributed.test_preflight import look, timed
 from trainer.checkpoint.layout import RunDir
 from trainer.config import RunConfig
 from trainer.metrics.trackers import read_metrics
+from trainer.processes import Processes
 from trainer.recipe import load_recipe
+from trainer.strategies.gathering import choose_piece
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 ROOT = Path(__file__).parents[2]
@@ -102,6 +105,29 @@ def test_4bit_bytes_stay_as_they_were_placed(
         assert found["wrong"] == []
         assert found["pairs"]["packed"] == 2**16
         assert scales != "patterns" or found["pairs"]["scales"] == 2**16
+
+
+def pull(processes: Processes) -> dict[str, Any]:
+    """What comes of a piece whose home is a GPU that the other one reaches."""
+    device, nbytes, before = processes.device, 64 * 2**20, torch.cuda.memory_allocated()
+    group = dist.group.WORLD
+    assert group is not None
+    make_piece = choose_piece(processes, group, device, device)
+    assert make_piece is not None
+    piece = make_piece(nbytes)
+    counted = torch.cuda.memory_allocated() - before
+    piece.own.fill_(processes.rank + 1)
+    torch.cuda.synchronize()
+    processes.barrier()
+    line = torch.empty(2 * nbytes, dtype=torch.uint8, device=device)
+    piece.fill(line)
+    found = [int(value) for part in line.chunk(2) for value in part.unique()]
+    processes.barrier()  # nobody lets go of what the other still reads
+    return {"kind": type(piece).__name__, "counted": counted >= nbytes, "found": found}
+
+
+def test_pieces_are_pulled_from_the_other_gpu_and_torch_counts_them(gpus: Pool) -> None:
+    assert gpus.run(pull) == [{"kind": "PulledPiece", "counted": True, "found": [1, 2]}] * 2
 
 
 def test_a_run_goes_on_under_another_strategy(recipe: Callable[..., Path], tmp_path: Path) -> None:
