@@ -69,23 +69,6 @@ def test_fused_forward_equals_pefts(toy_recipe: Recipe, quantized: bool, monkeyp
     torch.testing.assert_close(fused, logits(model), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=["plain", "dora"])
-def test_same_numbers_on_bit_views_of_the_bytes(toy_recipe: Recipe, adapter: dict[str, Any]) -> None:
-    model = build(toy_recipe, quantized=True, **adapter)
-    wanted = logits(model)
-    for layer in model.modules():
-        if isinstance(layer, QuantizedLinear):
-            for name in ("packed", "scales"):
-                view = layer.get_parameter(name).detach().view(torch.bfloat16)
-                layer.register_parameter(name, torch.nn.Parameter(view, requires_grad=False))
-
-    found = logits(model)
-    found.sum().backward()
-
-    assert torch.equal(found, wanted)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
 @pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
 def test_dora_magnitudes_are_pefts(toy_recipe: Recipe, quantized: bool) -> None:
     """Which PEFT computes when it attaches an adapter to a base that has its weights."""

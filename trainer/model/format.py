@@ -43,7 +43,7 @@ class Format(ABC):
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The matrix ``[out, in]`` in `dtype` of what `quantize` made, given as bytes or bit views of them.
+        """The matrix ``[out, in]`` in `dtype` of what `quantize` made; `scales` may begin at any byte of a storage.
 
         Args:
             out: is filled and returned; of that shape and dtype, its rows may lie apart.
@@ -61,7 +61,6 @@ class Format(ABC):
         write_float8(self.dequantize(packed, scales, torch.bfloat16), out, row_scales, transposed)
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes of a bit view, beginning where floats among them may begin."""
-    data = tensor.view(torch.uint8)
-    return data.clone() if data.storage_offset() % 4 else data  # gathered into a flat buffer by a sharding engine
+def aligned(scales: torch.Tensor) -> torch.Tensor:
+    """The same bytes, beginning where the floats among them may begin: ZeRO-3 gathers into flat buffers."""
+    return scales.clone() if scales.storage_offset() % 4 else scales

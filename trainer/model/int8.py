@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, as_bytes
+from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, aligned
 
 LARGEST = 127  # magnitude of a code; -128 is not used
 
@@ -44,7 +44,7 @@ class Int8(Format):
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        codes, absmax = packed.view(torch.int8), as_bytes(scales).view(torch.float32)
+        codes, absmax = packed.view(torch.int8), aligned(scales).view(torch.float32)
         weight = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
         # A product in float32, rounded once: as `out` it needs no float32 matrix on CUDA.
         return torch.mul(codes, (absmax * (1 / LARGEST)).unsqueeze(1), out=weight)

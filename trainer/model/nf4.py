@@ -18,7 +18,7 @@ from bitsandbytes.functional import get_4bit_type
 from torch.nn import functional as F
 
 from trainer.errors import UserError
-from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, as_bytes
+from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, aligned
 from trainer.model.kernels.dequantize import BLOCK_SIZE, FourBitWeights, can_dequantize, dequantize, to_float8
 
 SCALES_PER_GROUP = 256  # scales that share one second-level scale
@@ -83,7 +83,7 @@ class FourBit(Format):
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        packed, scales = packed.view(torch.uint8), as_bytes(scales)
+        scales = aligned(scales)
         shape, num_weights = [packed.shape[0], packed.shape[1] * 2], packed.numel() * 2
         num_blocks = -(-num_weights // BLOCK_SIZE)
         if can_dequantize(packed):
@@ -99,9 +99,8 @@ class FourBit(Format):
     def to_float8(
         self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
     ) -> None:
-        packed = packed.view(torch.uint8)
         if can_dequantize(packed):
-            to_float8(self._on_cuda(packed, as_bytes(scales)), out, row_scales, transposed)
+            to_float8(self._on_cuda(packed, aligned(scales)), out, row_scales, transposed)
         else:
             super().to_float8(packed, scales, out, row_scales, transposed)
 

@@ -2,8 +2,7 @@
 
 bitsandbytes keeps half of a 4-bit weight in Python attributes of a tensor subclass, which FSDP2, ZeRO and DCP neither
 shard nor save. Here a weight is two ordinary uint8 parameters, so every engine can shard, gather, save and restore it,
-and no cast of floating tensors can touch its bytes. An engine that takes floats alone may hold them as another dtype's
-bit view: everything that reads them views them as bytes again.
+and no cast of floating tensors can touch its bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class QuantizedLinear(nn.Module):
         device: where the (empty) parameters are made.
 
     Attributes:
-        packed, scales: see `Format`; an engine may put bit views in another dtype in their place.
+        packed, scales: see `Format`; frozen.
         bias: ``[out]`` or None, frozen.
     """
 
@@ -96,8 +95,8 @@ class QuantizedLinear(nn.Module):
     def set_weight(self, weight: torch.Tensor) -> None:
         """Quantises ``[out, in]`` `weight` where it lies and copies it into this layer's parameters."""
         packed, scales = self.format.quantize(weight)
-        self.packed.data.view(torch.uint8).copy_(packed)
-        self.scales.data.view(torch.uint8).copy_(scales)
+        self.packed.data.copy_(packed)
+        self.scales.data.copy_(scales)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[out, in]`` in `dtype`."""
@@ -113,11 +112,9 @@ class QuantizedLinear(nn.Module):
             return QuantizedMatMul.apply(x.to(dtype), self.packed, self.scales, bias, self.format).to(out_dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        stored = (self.packed, self.scales)
-
         def keep_bytes(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)  # `.to` and `.half()` leave integers alone; `.type()` does not, nor do they bit views
-            is_cast = moved.dtype != tensor.dtype and any(tensor is parameter for parameter in stored)
+            moved = fn(tensor)  # `.to` and `.half()` leave integers alone, `.type()` does not
+            is_cast = tensor.dtype == torch.uint8 and moved.dtype != torch.uint8
             return tensor.to(moved.device) if is_cast else moved
 
         return super()._apply(keep_bytes, recurse)
@@ -125,9 +122,9 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         error_msgs = args[-1]
         for name in ("packed", "scales"):
-            given, own = state_dict.get(prefix + name), self.get_parameter(name).dtype
-            if given is not None and given.dtype != own:
-                error_msgs.append(f"{prefix}{name} is {given.dtype}; these bytes are {own} and a cast destroys them")
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != torch.uint8:
+                error_msgs.append(f"{prefix}{name} is {given.dtype}; these are bytes, which a cast destroys")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -180,10 +177,10 @@ class Fingerprint:
         self.count = 0
 
     def add(self, *tensors: torch.Tensor) -> None:
-        """Takes contiguous tensors in, byte by byte."""
+        """Takes contiguous uint8 tensors in."""
         for data in tensors:
             self.total += _byte_sums(data)
-            self.count += data.numel() * data.element_size()
+            self.count += data.numel()
 
     def include(self, other: Fingerprint) -> None:
         """Takes in what another one was given."""
@@ -209,9 +206,8 @@ class Fingerprint:
 
 def _byte_sums(data: torch.Tensor) -> torch.Tensor:
     """By how often each byte occurs: one pass, and no wider copy of the data."""
-    data = data.view(-1).view(torch.uint8)
     counts = torch.zeros(256, dtype=torch.int64)
-    for chunk in data.split(BYTES_AT_A_TIME):
+    for chunk in data.view(-1).split(BYTES_AT_A_TIME):
         counts += torch.bincount(chunk, minlength=256).cpu()
     values = torch.arange(256)
     return torch.stack([counts @ values, counts @ values.square()])
