@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config import RunConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.adapter_files import load_adapter, save_adapter
+from trainer.model.adapter_files import adapter_names, load_adapter, save_adapter
 from trainer.model.load import load_model
 from trainer.model.lora import FusedLora, LoraMatMul
 from trainer.model.quantized import QuantizedLinear
@@ -232,6 +232,27 @@ def test_saved_and_loaded_again(toy_recipe: Recipe, quantized: bool, extra: dict
     load_adapter(fresh, tmp_path, config.adapter)
 
     assert torch.equal(logits(fresh), logits(model))
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"r": 4}, {"r": 4, "dora": True}, {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}], ids=str
+)
+def test_an_adapter_is_written_without_a_look_at_the_model(
+    toy_recipe: Recipe, adapter: dict[str, Any], tmp_path: Path
+) -> None:
+    """Which may be computing: FSDP2 would cut what it has gathered as soon as a module is asked for its state."""
+    model = load_model(toy_recipe(adapter=adapter), CPU).model
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    trained, names = dict(model.named_parameters()), adapter_names(model)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the model was asked for its state")
+
+    for module in model.modules():
+        module.register_state_dict_pre_hook(refuse)
+    save_adapter(model, tmp_path, {key: trained[name] for key, name in names.items()})
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_loads_an_adapter_made_by_peft(toy_recipe: Recipe, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from trainer.errors import PacktrainError, Preempted
 from trainer.export.card import write_card
 from trainer.export.consolidate import SERVING, CheckpointModel
 from trainer.export.serving import make_serving_files, write_serving_files
-from trainer.model.adapter_files import save_adapter
+from trainer.model.adapter_files import adapter_names, save_adapter
 from trainer.model.decilm import as_llama
 from trainer.model.folder import base_folder
 from trainer.model.weights import load_base_config
@@ -41,11 +41,11 @@ def finish_adapter(config: RunConfig, model: nn.Module, tokenizer: Any) -> Finis
     identity. Wherever it is copied to, it is merged and asked as it was trained, whatever its base becomes.
     """
     files = make_serving_files(config, load_base_config(config.model), tokenizer)
+    names = adapter_names(model)
 
     def finish(folder: Path, saved: SavedCheckpoint) -> None:
-        names = [name for name in saved.names if name.startswith("model.")]
-        weights = {name.removeprefix("model."): tensor for name, tensor in saved.read_many(names).items()}
-        save_adapter(model, folder / "adapter", weights)
+        weights = saved.read_many([f"model.{name}" for name in names.values()])
+        save_adapter(model, folder / "adapter", {key: weights[f"model.{name}"] for key, name in names.items()})
         _put(files, folder / "adapter")
         _write_adapter_manifest(folder / "adapter", config, saved.manifest)
 

@@ -35,15 +35,28 @@ NEVER_SET = (
 )
 
 
-def save_adapter(model: nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def adapter_names(model: nn.Module) -> dict[str, str]:
+    """PEFT's names of an adapter's tensors, and the trained parameters they are.
+
+    Not to be asked while the model computes: PEFT asks modules to save for their state, at which FSDP2 would cut what
+    it has gathered.
+    """
+    trained = {name: torch.empty(1, 1, device="meta") for name, p in model.named_parameters() if p.requires_grad}
+    found = get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False)
+    names = {id(tensor): name for name, tensor in trained.items()}
+    return {key: names[id(tensor)] for key, tensor in found.items()}
+
+
+def save_adapter(model: nn.Module, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Writes the adapter of a PeftModel in PEFT's format and names, which PEFT, vLLM and `load_adapter` read.
 
     Args:
-        state_dict: whole tensors of the model's trained parameters by name; default: the model's own.
+        tensors: whole, by PEFT's names (`adapter_names`); default: the model's own.
     """
     assert isinstance(model, PeftModel)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    if tensors is None:
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         folder / ADAPTER_WEIGHTS,
