@@ -198,8 +198,7 @@ class TrainLoop:
         except torch.OutOfMemoryError as error:
             failure = error.with_traceback(None)  # its frames hold the activations
         self._read_step()  # told before what became of this one
-        # Among several processes the others may wait for this one in a collective, and nobody can call them back.
-        text = self.sizes.back_off(self.meter.peak_memory) if self.processes.world_size == 1 else None
+        text = self.sizes.back_off(self.meter.peak_memory) if self.strategy.can_begin_anew else None
         if text is None:
             self.sizes.note_failure(self.checkpoints.run_dir, self.processes.world_size)
             raise failure

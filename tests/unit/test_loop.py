@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.checkpoint.layout import RunDir, read_manifest
-from trainer.errors import Preempted, TrainingDiverged
+from trainer.errors import PacktrainError, Preempted, TrainingDiverged
 from trainer.loss import PackedCausalLM
 from trainer.metrics.trackers import read_metrics
 from trainer.strategies.figure import Figure
@@ -117,6 +117,25 @@ def test_a_step_is_told_before_memory_runs_out_in_the_next(toy_recipe, tmp_path,
     records = told(RunDir(tmp_path / "run"))
     assert steps(records) == [1, 2, 3, 4] and not out_of_order(records)
     assert [r["step"] for r in records if r.get("event") == "out_of_memory"] == [2]
+
+
+def test_memory_that_runs_out_under_an_engine_that_cuts_ends_the_run_and_the_next_start_is_leaner(
+    toy_recipe, tmp_path, at_step
+):
+    def run_out(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    at_step(2, run_out)
+    sizes = {"micro_batch": "auto", "recompute": "auto", "global_batch": {"rows": 4}}
+    config = toy_recipe(adapter=LORA, train=sizes, eval={}, strategy={"kind": "fsdp2"})
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(PacktrainError, match="memory is full(.|\n)*leaner sizes"):
+        train(config, run.path)
+    assert not [r for r in told(run) if r.get("event") == "out_of_memory"]
+    train(config, run.path)
+    assert steps(told(run))[-4:] == [1, 2, 3, 4]
+    saved = read_manifest(run.step_dir(4))["progress"]
+    assert (saved["micro_batch"], saved["recompute"]) != (4, {"none": 2})
 
 
 def test_a_step_is_told_before_the_optimizer_makes_the_next(toy_recipe, tmp_path, late, monkeypatch):

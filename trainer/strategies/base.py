@@ -84,9 +84,12 @@ class Strategy(ABC):
             `PackedBatch`.
         device: where batches are wanted.
         processes: this process among the others.
+        can_begin_anew: whether a `forward_backward` that failed may be called again once its gradients are discarded.
+            Among several processes the others may wait in a collective, and nobody can call them back.
     """
 
     name: str
+    can_begin_anew = False
     module: nn.Module
     device: torch.device
     processes: Processes

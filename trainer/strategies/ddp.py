@@ -18,6 +18,7 @@ class DataParallel(SingleProcess):
     """Weights, moments and frozen base replicated; needs a process group."""
 
     name = "ddp"
+    can_begin_anew = False
 
     def prepare(self, build_optimizer: BuildOptimizer) -> None:
         super().prepare(build_optimizer)

@@ -39,6 +39,7 @@ class FullyShard(SingleProcess):
     """
 
     name = "fsdp2"
+    can_begin_anew = False  # after a backward that failed FSDP2 waits for its end, and drops the next one's gradients
 
     def __init__(
         self,
@@ -128,11 +129,9 @@ class FullyShard(SingleProcess):
         root.set_requires_gradient_sync(is_last or self._frozen is None)
         root.set_reshard_after_backward(is_last or self._frozen is None)
         root.set_is_last_backward(is_last)
-        try:
-            yield
-        finally:
-            if self._frozen:
-                self._frozen.end_backward()
+        yield
+        if self._frozen:
+            self._frozen.end_backward()
 
     def _sum(self, loss_sum: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(loss_sum)

@@ -27,6 +27,7 @@ class SingleProcess(Strategy):
     """
 
     name = "single"
+    can_begin_anew = True
     num_shards, shard_index = 1, 0
 
     def __init__(
