@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from trainer.data.sampler import collate
 from trainer.errors import PacktrainError
 from trainer.model.recompute import decoder_layers
 from trainer.processes import Processes
+from trainer.strategies import gathering
 from trainer.strategies.base import Strategy
 from trainer.strategies.frozen import FrozenLayers
 from trainer.strategies.gathering import GatheredPiece, choose_piece
@@ -123,42 +123,6 @@ def test_every_byte_rests_on_one_process(
     assert max(own for own, _ in found) < 1.2 * total / world_size
 
 
-def fail_and_go_on(processes: Processes, config: RunConfig) -> tuple[bool, list[int]]:
-    """Whether a step is the same after forwards and backwards that failed, and what they left whole."""
-    strategy = build(processes, config)
-    root: Any = strategy.module
-    root.train()
-    batch = collate(make_packs(1, seed=processes.rank))
-    wanted = strategy.forward_backward([batch], 10).item()
-    strategy.discard_gradients()
-    layers = decoder_layers(root.model)
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    def fail_in_backward(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        output.register_hook(fail)
-
-    for hook in (
-        partial(layers[1].register_forward_pre_hook, fail),
-        partial(layers[0].register_forward_hook, fail_in_backward),
-    ):
-        handle = hook()
-        with pytest.raises(RuntimeError, match="out of memory"):
-            strategy.forward_backward([batch], 10)
-        handle.remove()
-        strategy.discard_gradients()
-    left = whole_layers(strategy)
-    return strategy.forward_backward([batch], 10).item() == wanted, left
-
-
-@pytest.mark.parametrize("world_size", [2])
-def test_a_step_that_failed_leaves_nothing_behind(world_size: int, pool: Pools, toy_recipe: Any) -> None:
-    config = toy_recipe(**QLORA, strategy={"kind": "fsdp2"})
-    for same, left in pool(world_size).run(fail_and_go_on, config):
-        assert same and left in ([], [0])
-
-
 class Swapped(GatheredPiece):
     """Brings the pieces in the wrong order on one process."""
 
@@ -196,3 +160,37 @@ def test_bytes_that_arrive_elsewhere_than_they_belong_end_the_run_on_all(world_s
     assert pool(world_size).run(settle, False) == [None, None]
     said = pool(world_size).run(settle, True)
     assert all(text and "rank 1" in text and "frozen weights" in text for text in said)
+
+
+class Failing(GatheredPiece):
+    """As a `PulledPiece`, of which rank 1 can make none, or reads something else than lies there."""
+
+    fault = ""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, nbytes: int) -> None:
+        if self.fault == "make" and dist.get_rank() == 1:
+            raise RuntimeError("no peer access\nat length")
+        super().__init__(group, device, device, nbytes)
+
+    def fill(self, line: torch.Tensor) -> None:
+        super().fill(line)
+        if self.fault == "read" and dist.get_rank() == 1:
+            line.add_(1)
+
+
+def ask_for_obstacles(processes: Processes, fault: str) -> str | None:
+    group = dist.group.WORLD
+    assert group is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering, "PulledPiece", Failing)
+        patch.setattr(Failing, "fault", fault)
+        return gathering.find_obstacle(processes, group, CPU)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_all_learn_that_one_cannot_reach_the_others(world_size: int, pool: Pools) -> None:
+    run = pool(world_size).run
+    other = "another process cannot reach its neighbours' memory"
+    assert run(ask_for_obstacles, "") == [None, None]
+    assert run(ask_for_obstacles, "make") == [other, "RuntimeError: no peer access"]
+    assert run(ask_for_obstacles, "read") == [other, "what was read from the others' memory is not what lies there"]

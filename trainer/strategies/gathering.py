@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from trainer.errors import PacktrainError
 from trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -89,29 +90,54 @@ def choose_piece(
     if group.size() == 1 and home == device:
         return None
     if device.type == "cuda" and home == device:
-        obstacle = _find_obstacle(processes, group, device)
-        if processes.min(0.0 if obstacle else 1.0):
+        obstacle = find_obstacle(processes, group, device)
+        if obstacle is None:
             return partial(PulledPiece, group, device)
-        logger.info(
-            "frozen weights are gathered by NCCL: %s", obstacle or "another process cannot reach its neighbours"
-        )
+        logger.info("frozen weights are gathered by NCCL: %s", obstacle)
     return partial(GatheredPiece, group, device, home)
 
 
-def _find_obstacle(processes: Processes, group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Why the others' memory cannot be read from here; None after it was."""
-    hosts = {rank // processes.local_world_size for rank in dist.get_process_group_ranks(group)}
-    if len(hosts) > 1:
-        return f"they are cut over {len(hosts)} hosts"
+def find_obstacle(processes: Processes, group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Why GPUs cannot read each other's memory; None after all have. All processes ask, and all are told."""
+    probe = _Probe(processes, group, device)
+    for attempt in (probe.look_at_hosts, probe.make, probe.read):
+        obstacle = _first_line_of_failure(attempt)
+        # Nobody goes on where another cannot, nor lets go of what another still reads.
+        if not processes.min(0.0 if obstacle else 1.0):
+            return obstacle or "another process cannot reach its neighbours' memory"
+    return None
+
+
+class _Probe:
+    """Steps to a neighbour's memory, each of which may fail on any process."""
+
+    def __init__(self, processes: Processes, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._gpus_a_host, self._group, self._device = processes.local_world_size, group, device
+
+    def look_at_hosts(self) -> None:
+        hosts = {rank // self._gpus_a_host for rank in dist.get_process_group_ranks(self._group)}
+        if len(hosts) > 1:
+            raise PacktrainError(f"they are cut over {len(hosts)} hosts")
+
+    def make(self) -> None:
+        self._piece = PulledPiece(self._group, self._device, PROBE_BYTES)
+        self._piece.own.fill_(self._group.rank())
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def read(self) -> None:
+        size = self._group.size()
+        found = torch.empty(size * PROBE_BYTES, dtype=torch.uint8, device=self._device)
+        self._piece.fill(found)
+        if not bool((found == torch.arange(size, device=self._device).repeat_interleave(PROBE_BYTES)).all()):
+            raise PacktrainError("what was read from the others' memory is not what lies there")
+
+
+def _first_line_of_failure(attempt: Callable[[], None]) -> str | None:
     try:
-        probe = PulledPiece(group, device, PROBE_BYTES)
-        probe.own.fill_(group.rank())
-        found = torch.empty(group.size() * PROBE_BYTES, dtype=torch.uint8, device=device)
-        dist.barrier(group)
-        probe.fill(found)
-        wanted = torch.arange(group.size(), device=device).repeat_interleave(PROBE_BYTES)
-        is_right = bool((found == wanted).all())
-        dist.barrier(group)  # nobody lets go of what another still reads
+        attempt()
+    except PacktrainError as error:
+        return str(error)
     except Exception as error:  # whatever an interface that is still private may raise on another's GPUs
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    return None if is_right else "what was read from the others' memory is not what lies there"
+    return None
