@@ -66,7 +66,7 @@ def predict_host(job: Job, kind: Kind, setting: Setting | None = None) -> HostMe
     largest = max(shape.vocab, shape.intermediate) * shape.hidden * SIZES[job.config.model.dtype]
     state = job.trained_weights * (job.trained_size + job.moments_size)
     shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind.startswith("zero") else 1
-    on_host = {"none": 0.0, "optimizer": state, "all": state + _base_bytes(job)}[job.config.strategy.offload]
+    on_host = {"none": 0.0, "optimizer": state, "all": state + _base_bytes(job, kind)}[job.config.strategy.offload]
     return HostMemory(
         processes=each * calibration.HOST_PROCESS,
         loading=each * TENSORS_IN_HAND * largest,
@@ -94,5 +94,7 @@ def checkpoint_bytes(job: Job) -> float:
     return weights * (2 if job.config.adapter else 1) + job.trained_weights * per_weight
 
 
-def _base_bytes(job: Job) -> float:
-    return job.shape.num_layers * job.layer_bytes + job.root_bytes if job.config.adapter else 0.0
+def _base_bytes(job: Job, kind: Kind) -> float:
+    """Of a frozen base; fsdp2 has its ends on the GPUs."""
+    ends = 0.0 if kind == "fsdp2" else job.root_bytes
+    return job.shape.num_layers * job.layer_bytes + ends if job.config.adapter else 0.0

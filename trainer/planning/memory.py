@@ -43,8 +43,8 @@ class GpuMemory:
 def predict_memory(job: Job, setting: Setting) -> GpuMemory:
     """Of one GPU under `setting`: the larger of two moments, the loss, and the backward of the layer that is worst."""
     kind, tokens = setting.kind, setting.micro_batch * job.config.data.pack_length
-    gradients = _gradients(job, kind)
     accumulated = kind == "ddp" or job.packs_each > setting.micro_batch  # ddp's buckets are there from the start
+    gradients = _gradients(job, kind, accumulated)
     moments = list(_moments(job, setting, tokens, 0.0 if accumulated else gradients))
     waiting, activations, working = max(moments, key=lambda moment: sum(moment))
     return GpuMemory(
@@ -169,11 +169,11 @@ def _shards_of_weights(job: Job, kind: Kind) -> int:
     return job.num_shards if kind == "fsdp2" else job.num_gpus if kind == "zero3" else 1
 
 
-def _gradients(job: Job, kind: Kind) -> float:
+def _gradients(job: Job, kind: Kind, accumulated: bool) -> float:
+    if kind == "fsdp2" and job.config.adapter:  # whole until a step's last backward; earlier ones added up in float32
+        return job.trained_weights * (job.compute_size + (SIZES["float32"] if accumulated else 0))
     if job.config.strategy.offload == "all":
         return 0.0
-    if kind == "fsdp2" and job.config.adapter:  # whole until the last backward of a step, in float32
-        return job.trained_weights * SIZES["float32"]
     shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind in ("zero2", "zero3") else 1
     size = job.compute_size if kind.startswith("zero") else job.trained_size
     return job.trained_weights * size / shards

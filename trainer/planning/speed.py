@@ -196,7 +196,8 @@ def _waiting(job: Job, kind: Kind) -> float:
     if job.num_gpus == 1:
         return 0.0
     waiting = calibration.WAITING
-    if kind == "fsdp2" and job.config.adapter and job.num_shards <= job.gpus_per_host:
+    on_gpus = job.config.strategy.offload != "all"
+    if kind == "fsdp2" and job.config.adapter and on_gpus and job.num_shards <= job.gpus_per_host:
         return waiting + calibration.PULLING
     gathers = calibration.GATHERING if kind in ("fsdp2", "zero3") else 0.0
     return waiting + gathers + (calibration.ZERO_3 if kind == "zero3" else 0.0)
