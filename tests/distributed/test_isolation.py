@@ -91,24 +91,18 @@ def test_refuses(world_size: int, kind: str, fault: str, pool: Pools, toy_recipe
     assert f"attention {fault} " in said[0] and FAULTS[fault][1] in said[0] and "fix: " in said[0]
 
 
-def said_with_a_mask_of_ones(processes: Processes, config: RunConfig) -> str:
-    """The library's sdpa goes by position ids until it is handed a mask, be it of ones."""
+def said_of_sdpa(processes: Processes, config: RunConfig) -> str:
+    """The library's own sdpa goes by a mask, and packed rows have none."""
     strategy = build(processes, config)
-    causal_lm: Any = strategy.module.causal_lm
-    causal_lm.set_attn_implementation("sdpa")
-    check_isolation(strategy)
-    causal_lm.model.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"attention_mask": torch.ones(kwargs["position_ids"].shape)}),
-        with_kwargs=True,
-    )
+    strategy.module.causal_lm.set_attn_implementation("sdpa")  # type: ignore[union-attr, operator]
     with pytest.raises(PacktrainError) as caught:
         check_isolation(strategy)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("world_size", [1])
-def test_refuses_a_mask_of_ones(world_size: int, pool: Pools, toy_recipe: Any) -> None:
-    (said,) = pool(1).run(said_with_a_mask_of_ones, toy_recipe(strategy={"kind": "single"}))
+def test_refuses_the_librarys_sdpa(world_size: int, pool: Pools, toy_recipe: Any) -> None:
+    (said,) = pool(1).run(said_of_sdpa, toy_recipe(strategy={"kind": "single"}))
     assert "attention sdpa lets packed documents see each other" in said
 
 
