@@ -52,6 +52,11 @@ class PreflightFailed(PacktrainError):
         self.blamed = blamed
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error is, where its whole text is for its authors."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def only(hosts: Iterable[str]) -> str:
     """The one host that is named; empty where none is, or several are: what machines have in common is no fault."""
     named = set(hosts) - {""}

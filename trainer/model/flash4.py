@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from trainer.caches import cache_root
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, first_line
 
 PACKAGE = "flash-attn-4"
 MIN_CAPABILITY = (9, 0)
@@ -74,9 +74,9 @@ def find_fault(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, dev
                 warnings.simplefilter("ignore")  # its compiler's, of its own arguments
                 errors = compare(lengths, heads, kv_heads, head_dim, dtype, device)
         except torch.AcceleratorError as error:
-            raise PacktrainError(f"{PACKAGE} broke the GPU's context: {_first_line(error)}\n  fix: {FIX}") from error
+            raise PacktrainError(f"{PACKAGE} broke the GPU's context: {first_line(error)}\n  fix: {FIX}") from error
         except Exception as error:  # whatever a compiler at work on another's GPU and libraries may raise
-            return _first_line(error)
+            return first_line(error)
         wrong += [f"{name} of {case} by {error:.2g}" for name, error in errors.items() if not error < TOLERANCE]
     return f"wrong for heads of {head_dim}: {', '.join(wrong)} of its norm" if wrong else None
 
@@ -108,7 +108,7 @@ def flash4(
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        raise PacktrainError(f"{PACKAGE} failed: {_first_line(error)}\n  fix: {FIX}") from error
+        raise PacktrainError(f"{PACKAGE} failed: {first_line(error)}\n  fix: {FIX}") from error
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -171,7 +171,3 @@ def _takes_locks(folder: Path) -> bool:
         with contextlib.suppress(OSError):
             probe.unlink()
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from trainer.errors import PacktrainError
+from trainer.errors import PacktrainError, first_line
 from trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def find_obstacle(processes: Processes, group: dist.ProcessGroup, device: torch.
     """Why GPUs cannot read each other's memory; None after all have. All processes ask, and all are told."""
     probe = _Probe(processes, group, device)
     for attempt in (probe.look_at_hosts, probe.make, probe.read):
-        obstacle = _first_line_of_failure(attempt)
+        obstacle = _failure_of(attempt)
         # Nobody goes on where another cannot, nor lets go of what another still reads.
         if not processes.min(0.0 if obstacle else 1.0):
             return obstacle or "another process cannot reach its neighbours' memory"
@@ -133,11 +133,11 @@ class _Probe:
             raise PacktrainError("what was read from the others' memory is not what lies there")
 
 
-def _first_line_of_failure(attempt: Callable[[], None]) -> str | None:
+def _failure_of(attempt: Callable[[], None]) -> str | None:
     try:
         attempt()
     except PacktrainError as error:
         return str(error)
     except Exception as error:  # whatever an interface that is still private may raise on another's GPUs
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return first_line(error)
     return None
