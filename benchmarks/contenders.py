@@ -49,17 +49,17 @@ class Setting:
 
 PEERS = {
     "trl": Peer("TRL", "trl_sft.py", ("trl",)),
-    "trl-liger": Peer("TRL + Liger", "trl_sft.py", ("trl", "liger_kernel"), liger=True),
+    "trl-liger": Peer("TRL + Liger", "trl_sft.py", ("trl", "liger-kernel"), liger=True),
     "trl-liger-kept": Peer(
-        "TRL + Liger, no checkpointing", "trl_sft.py", ("trl", "liger_kernel"), liger=True, recompute=False
+        "TRL + Liger, no checkpointing", "trl_sft.py", ("trl", "liger-kernel"), liger=True, recompute=False
     ),
     "trl-liger-1": Peer(
-        "TRL + Liger, a pack a forward", "trl_sft.py", ("trl", "liger_kernel"), liger=True, accumulate=True
+        "TRL + Liger, a pack a forward", "trl_sft.py", ("trl", "liger-kernel"), liger=True, accumulate=True
     ),
     "trl-liger-kept-1": Peer(
         "TRL + Liger, no checkpointing, a pack a forward",
         "trl_sft.py",
-        ("trl", "liger_kernel"),
+        ("trl", "liger-kernel"),
         liger=True,
         recompute=False,
         accumulate=True,

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 benchmarks/planner.py recipes/llama2-7b-qlora.yaml --packs 4 --strategy.kind ddp ...
 
 The model is built once, by the steps of a real run: recipe, packed rows, model, strategy, optimizer. A cell is the mean
-of some whole optimizer steps of a few micro-batches after one that is not counted; nothing is evaluated or saved.
+of some whole optimizer steps of a few micro-batches after two that are not counted: in the first kernels are compiled,
+in the second the allocator asks for its memory anew. Nothing is evaluated or saved.
 Dotted options go to the recipe. Each cell is a line of json, and the table at the end has the prediction's errors.
 """
 
@@ -43,6 +44,7 @@ from trainer.sizes import describe_job
 from trainer.strategies.choose import build_strategy
 
 GIB = 2**30
+NOT_COUNTED = 2
 HEADS = ("packs", "recompute", "tok/s", "predicted", "error", "peak GiB", "predicted", "error")
 
 
@@ -129,20 +131,20 @@ class Bench:
         batches = [
             collate([self.packs[((step * world_size + processes.rank) * packs + i) % len(self.packs)]
                      for i in range(packs)])
-            for step in range(steps + 1)
+            for step in range(NOT_COUNTED + steps)
         ]  # fmt: skip
         counts = [processes.sum(batch.num_tokens, batch.num_trained_tokens) for batch in batches]
         for number, (batch, (_, num_trained)) in enumerate(zip(batches, counts, strict=True)):
-            if number == 1:
-                if on_gpu:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
+            if number == 1 and on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            if number == NOT_COUNTED:
                 started = time.perf_counter()
             self.strategy.forward_backward([batch] * micro_batches, micro_batches * num_trained)
             result = self.strategy.step(1e-5, 1.0)
-            if number in (0, steps):
+            if number < NOT_COUNTED or number == len(batches) - 1:
                 result.grad_norm  # noqa: B018  waits for the device
-        seconds, tokens = time.perf_counter() - started, micro_batches * sum(count for count, _ in counts[1:])
+        seconds, tokens = time.perf_counter() - started, micro_batches * sum(count for count, _ in counts[NOT_COUNTED:])
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {"tokens_per_second": round(tokens / seconds / world_size), "peak_gib": round(peak / GIB, 2)}
 

@@ -27,6 +27,7 @@ PAD, FIRST_WORD = 0, 3  # Llama-2's ids: 0 unknown, 1 begin, 2 end
 MEDIAN, SIGMA = 200, 0.9  # of the documents' lengths in tokens, as sets of instructions have
 PROMPT = 0.4  # share of a document that is not trained on
 ADAPTER_RANK, ADAPTER_ALPHA = 16, 32
+MASKED = "sdpa, 4-D mask"  # how transformers tells packed documents apart
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Writes a document's tokens and none between them.
 TEMPLATE = (

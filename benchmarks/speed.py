@@ -41,10 +41,10 @@ ROOT = HERE.parent
 SPARE_STEPS = 4  # of documents: packs of a step may hold a little less than they could
 SECONDS_A_LOOK = 0.2
 SHOW_VERSIONS = """
-import importlib.metadata as m, importlib.util as u, json
-names = {"torch": "torch", "transformers": "transformers", "trl": "trl", "unsloth": "unsloth",
-         "liger_kernel": "liger-kernel", "bitsandbytes": "bitsandbytes"}
-print(json.dumps({name: m.version(package) for name, package in names.items() if u.find_spec(name)}))
+import importlib.metadata, json
+found = {one.name.lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
+names = ["torch", "transformers", "trl", "unsloth", "liger-kernel", "bitsandbytes", "flash-attn-4"]
+print(json.dumps({name: found[name] for name in names if name in found}))
 """
 
 

@@ -15,14 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from contenders import HARDWARE, PACKTRAIN, SETTINGS, label_of
-from shared import count_adapter, shape_of
+from shared import MASKED, count_adapter, shape_of
 
 from trainer.metrics.meters import flops_per_token, peak_bf16_flops
 
 CEILING_FLOPS = 788e12  # bfloat16 matmuls on an H200, where the results hold no measured ones
-MASKED = "sdpa, 4-D mask"
 COLORS = {PACKTRAIN: "#2f66d0", "peer": "#98a2b3", "without": "#d3d9e2", "ceiling": "#d9731a", "text": "#5b6573"}
-WIDTH, LEFT, BAR, GAP = 860, 300, 18, 8  # of the plot, in pixels
+WIDTH, LEFT, BAR, GAP = 920, 360, 18, 8  # of the plot, in pixels
 
 Cell = dict[str, Any]
 HEAD = (
@@ -49,7 +48,7 @@ def write_table(results: Path) -> str:
 
 
 def _grouped(results: Path) -> dict[tuple[str, ...], dict[str, Cell]]:
-    """The newest cell of each contender, by shape, device and setting, with what the machine can do."""
+    """The newest cell of each contender, by shape, device and setting, with what the machine could do then."""
     cells = [json.loads(line) for line in results.read_text().splitlines() if line.strip()]
     machines: dict[tuple[str, ...], Cell] = {}
     groups: dict[tuple[str, ...], dict[str, Cell]] = {}
@@ -59,9 +58,10 @@ def _grouped(results: Path) -> dict[tuple[str, ...], dict[str, Cell]]:
             if "matmul_flops" in cell:
                 machines[machine] = cell
         else:
-            groups.setdefault((*machine, cell["setting"]), {})[cell["contender"]] = cell
+            group = groups.setdefault((*machine, cell["setting"]), {})
+            group |= {cell["contender"]: cell, HARDWARE: machines.get(machine, {})}
     for (*machine, _), group in groups.items():
-        group[HARDWARE] = machines.get(tuple(machine), {})
+        group[HARDWARE] = group[HARDWARE] or machines.get(tuple(machine), {})
     return groups
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
@@ -10,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import PAD, read_documents
+from shared import MASKED, PAD, read_documents
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-FLASH = ("flash_attn", "flash_attn_interface", "xformers")  # with one of them documents need no mask
 
 
 def read_job() -> dict[str, Any]:
@@ -100,7 +97,7 @@ class Meter(TrainerCallback):
             now.record()
         self._ends.append((now, len(self._counts)))
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self, attention: str = MASKED) -> dict[str, Any]:
         """Seconds and tokens of each step, forwards a step and their input's shape, peak memory, kind of attention."""
         if self._is_cuda:
             torch.cuda.synchronize()
@@ -108,12 +105,11 @@ class Meter(TrainerCallback):
         for (since, first), (until, last) in zip(self._ends, self._ends[1:], strict=False):
             seconds.append(since.elapsed_time(until) / 1000 if self._is_cuda else until - since)
             tokens.append(sum(int(count) for count in self._counts[first:last]))
-        flash = next((name for name in FLASH if importlib.util.find_spec(name)), None)
         return {
             "step_seconds": seconds,
             "step_tokens": tokens,
             "num_forwards": len(self._counts) / len(seconds),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self._is_cuda else None,
             "layout": self._layout,
-            "attention": flash or "sdpa, 4-D mask",
+            "attention": attention,
         }

@@ -7,14 +7,17 @@ import os
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 import unsloth  # noqa: F401, I001  (patches transformers and TRL, so before them)
 
+import importlib.metadata
 from pathlib import Path
 
 import torch
 from common import Meter, arguments_of, read_job, rows_of, tell, write_weights
 from datasets import Dataset
-from shared import ADAPTER_ALPHA, ADAPTER_RANK, LINEARS
+from shared import ADAPTER_ALPHA, ADAPTER_RANK, LINEARS, MASKED
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastLanguageModel
+
+FLASH = {"flash-attn", "xformers"}  # with one of them its documents need no mask
 
 
 def main() -> None:
@@ -54,7 +57,9 @@ def main() -> None:
     batch = f"{arguments.per_device_train_batch_size} x {arguments.gradient_accumulation_steps} packs"
     recompute = "its checkpointing" if checkpointing else "no checkpointing"
     settings = f"its packing, loss on all tokens, {recompute}, {batch}, {arguments_of(job)['optim']}, bf16"
-    tell({**meter.figures(), "loss": loss, "settings": settings})
+    installed = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    attention = ", ".join(sorted(FLASH & installed)) or MASKED
+    tell({**meter.figures(attention), "loss": loss, "settings": settings})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SETTING = {"shape": "Llama-2-7b", "device": "cuda", "rows": 4, "pack_length": 4096, "setting": "qlora-24gib"}
 MEASURED = {"versions": {"torch": "2.11"}, "step_tokens": 16384, "mean_attended": 150.0, "trained_share": 0.6}
+GPU = {"device_name": "NVIDIA H200"}
 MASK = {"attention": "sdpa, 4-D mask", "layout": [1, 16384], "num_forwards": 1.0, "recompute": True}
 
 
@@ -88,3 +89,17 @@ def test_where_the_mask_was_not_measured_the_second_column_is_empty(rows: Any) -
     found, _ = rows(cell("packtrain", 12000.0, peak_gib=8.0), cell("trl", 4096.0, peak_gib=12.0, **MASK))
     assert found["trl"]["without_mask"] is None
     assert found["trl"]["ratio"] == pytest.approx(12000 / 4096)
+
+
+def test_each_setting_is_held_against_the_machine_that_ran_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from speed_table import write_table
+
+    runs = [("qlora", 800e12), ("lora", 700e12)]
+    cells = [
+        one | {"setting": setting}
+        for setting, flops in runs
+        for one in ({"contender": "hardware", "matmul_flops": flops, **GPU}, cell("packtrain", 12000.0, peak_gib=8.0))
+    ]
+    first, second = write_table(write(tmp_path / "results.jsonl", *cells)).split("\n\n**")
+    assert "800 TFLOP/s" in first and "700 TFLOP/s" in second
