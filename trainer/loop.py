@@ -21,10 +21,10 @@ from trainer.errors import Preempted, TrainingDiverged
 from trainer.metrics.meters import ThroughputMeter
 from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
+from trainer.readings import Figure, Moment
 from trainer.schedule import Schedule
 from trainer.sizes import Sizes
 from trainer.strategies.base import StepResult, Strategy
-from trainer.strategies.figure import Figure
 from trainer.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,13 @@ class UnreadStep:
 
     Attributes:
         loss_sum: over the global batch.
+        ended: when the device was done with it.
         num_tokens, num_trained: of the global batch.
     """
 
     step: int
     loss_sum: Figure
+    ended: Moment
     result: StepResult
     lr: float
     num_tokens: int
@@ -130,11 +132,11 @@ class TrainLoop:
                 evaluates, saves = map(self._is_due, (self.config.eval.every_steps, self.config.checkpoint.every_steps))
                 if evaluates or saves:
                     self._read_step()
-                with self.meter.paused():
-                    if evaluates:
-                        self.evaluate()
-                    if saves:
-                        self.save()
+                    with self.meter.paused():
+                        if evaluates:
+                            self.evaluate()
+                        if saves:
+                            self.save()
                 if self._is_asked_to_stop() and self.state.step < self.num_steps:
                     self._stop()
             self._read_step()
@@ -157,10 +159,11 @@ class TrainLoop:
         lr = self.schedule.lr(step)
         self.strategy.module.train()
         loss_sum = self._forward_backward(step, micro_batches, num_trained)
-        self._read_step()  # before an optimizer that may wait for the device, whose time would count as the last step's
+        self._read_step()  # told before an optimizer that may wait for the device
         self._mark("optimizer step")
         result = self.strategy.step(lr, self.config.optim.max_grad_norm)
-        self._unread = UnreadStep(step, Figure(loss_sum), result, lr, num_tokens, num_trained)
+        ended = Moment(self.strategy.device)
+        self._unread = UnreadStep(step, Figure(loss_sum), ended, result, lr, num_tokens, num_trained)
         self.state.step = step
         if self._unread.loss_sum.is_here:
             self._read_step()
@@ -182,7 +185,7 @@ class TrainLoop:
             "grad_norm": unread.result.grad_norm,
             "tokens": unread.num_tokens,
             "trained_tokens": unread.num_trained,
-            **self.meter.record(unread.num_tokens, unread.num_trained),
+            **self.meter.record(unread.num_tokens, unread.num_trained, unread.ended),
         }
         self.recorder.step(record)
         if unread.result.skipped:

@@ -45,7 +45,7 @@ from trainer.model.weights import build_on_meta, random_tensor
 from trainer.optim import build_optimizer
 from trainer.planning.levels import read_levels
 from trainer.processes import Processes
-from trainer.strategies.figure import Figure
+from trainer.readings import Figure
 from trainer.strategies.single import SingleProcess
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -76,7 +76,7 @@ def test_packages_import_one_way() -> None:
 
 def test_rooms_share_types_only() -> None:
     below = ("config", "errors", "launchers", "preemption", "recipe", "recipe_schema")
-    below += ("optim", "planner", "processes", "schedule", "storage", "streams", "caches", "units")
+    below += ("optim", "planner", "processes", "readings", "schedule", "storage", "streams", "caches", "units")
     allowed_outside = SHARED_BY_ROOMS | {f"trainer.{name}" for name in below}
     wrong = [
         f"{module} imports {name}"

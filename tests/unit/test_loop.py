@@ -12,7 +12,7 @@ from trainer.checkpoint.layout import RunDir, read_manifest
 from trainer.errors import PacktrainError, Preempted, TrainingDiverged
 from trainer.loss import PackedCausalLM
 from trainer.metrics.trackers import read_metrics
-from trainer.strategies.figure import Figure
+from trainer.readings import Figure
 from trainer.strategies.single import SingleProcess
 
 LORA = {"method": "lora", "r": 4, "alpha": 8}

@@ -16,6 +16,7 @@ from trainer.metrics.meters import (
     mean_attended_positions,
 )
 from trainer.planning.hardware import peak_bf16_flops
+from trainer.readings import Moment
 
 CPU = torch.device("cpu")
 LLAMA_2_7B = SimpleNamespace(
@@ -107,26 +108,30 @@ def test_peak_by_device_name(name: str, peak: float | None) -> None:
     assert peak_bf16_flops(name) == peak
 
 
-def test_meter_divides_by_time_since_the_last_record_less_pauses() -> None:
+def test_meter_divides_by_time_since_the_last_step_less_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    meter = ThroughputMeter(TokenFlops(every=5.0, trained=10.0), peak_flops=1000.0, device=CPU, clock=lambda: now[0])
+    monkeypatch.setattr("trainer.readings.perf_counter", lambda: now[0])
+    meter = ThroughputMeter(TokenFlops(every=5.0, trained=10.0), peak_flops=1000.0, device=CPU)
     now[0] += 2
-    assert meter.record(tokens=100, trained_tokens=50) == {
+    ended = Moment(CPU)
+    now[0] += 7  # read late
+    assert meter.record(tokens=100, trained_tokens=50, ended=ended) == {
         "tokens_per_second": 50.0,
         "mfu": (5 * 100 + 10 * 50) / 2 / 1000,
         "gpu_memory_gib": None,
         "seconds": 2.0,
     }
     now[0] += 1
+    assert meter.record(tokens=100, trained_tokens=50, ended=Moment(CPU))["seconds"] == 8.0
     with meter.paused():
         now[0] += 60
     now[0] += 3
-    assert meter.record(tokens=100, trained_tokens=50)["seconds"] == 4.0
+    assert meter.record(tokens=100, trained_tokens=50, ended=Moment(CPU))["seconds"] == 3.0
 
 
 def test_no_mfu_on_cpu() -> None:
     meter = ThroughputMeter(TokenFlops(1.0, 1.0), device_peak_flops(CPU), CPU)
-    record = meter.record(tokens=8, trained_tokens=4)
+    record = meter.record(tokens=8, trained_tokens=4, ended=Moment(CPU))
     assert record["mfu"] is None and (record["tokens_per_second"] or 0) > 0
 
 
@@ -135,5 +140,17 @@ def test_no_mfu_on_cpu() -> None:
 def test_memory_is_the_peak_allocated_on_the_gpu() -> None:
     device = torch.device("cuda", 0)
     torch.empty(2**28, dtype=torch.float32, device=device)
-    memory = ThroughputMeter(TokenFlops(1.0, 1.0), None, device).record(1, 1)["gpu_memory_gib"]
+    memory = ThroughputMeter(TokenFlops(1.0, 1.0), None, device).record(1, 1, Moment(device))["gpu_memory_gib"]
     assert memory is not None and memory >= 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_seconds_are_the_gpus_however_late_they_are_read() -> None:
+    device = torch.device("cuda", 0)
+    meter, ends = ThroughputMeter(TokenFlops(1.0, 1.0), None, device), []
+    for _ in range(3):
+        torch.cuda._sleep(2 * 10**8)  # cycles: some 0.1 s
+        ends.append(Moment(device))
+    seconds = [meter.record(1, 1, end)["seconds"] for end in ends]
+    assert seconds[1:] == pytest.approx(seconds[:-1], rel=0.3)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trainer.planning.hardware import peak_bf16_flops
+from trainer.readings import Moment
 
 GIB = 2**30
 
@@ -82,35 +82,25 @@ def mean_attended_positions(document_lengths: Iterable[int]) -> float:
 
 
 class ThroughputMeter:
-    """Tokens a second, MFU and memory between two calls of `record`. Never synchronises with the device.
-
-    Call `record` where the host has just read the step's loss, so the clock stands where the device stands.
+    """Tokens a second, MFU and memory of each step, from the end of the one before, by the device's own clock.
 
     Args:
         flops: work of a token, from `flops_per_token`.
         peak_flops: FLOP/s of all devices that share the step together; None: MFU is not given.
         device: whose memory is reported; other than CUDA: not given.
-        clock: seconds, monotonic.
     """
 
-    def __init__(
-        self,
-        flops: TokenFlops,
-        peak_flops: float | None,
-        device: torch.device,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._flops, self._peak_flops, self._device, self._clock = flops, peak_flops, device, clock
-        self._since = clock()
+    def __init__(self, flops: TokenFlops, peak_flops: float | None, device: torch.device) -> None:
+        self._flops, self._peak_flops, self._device = flops, peak_flops, device
+        self._since = Moment(device)
 
-    def record(self, tokens: int, trained_tokens: int) -> dict[str, float | None]:
-        """Measures since the last call, `tokens` having been processed by all devices since.
+    def record(self, tokens: int, trained_tokens: int, ended: Moment) -> dict[str, float | None]:
+        """Measures a step that all devices processed `tokens` in. Waits until it has ended.
 
         Returns:
             tokens_per_second; mfu (0 to 1, or None); gpu_memory_gib (peak allocated so far, or None); seconds.
         """
-        now = self._clock()
-        seconds, self._since = max(now - self._since, 1e-9), now
+        seconds, self._since = max(self._since.seconds_until(ended), 1e-9), ended
         mfu = self._peak_flops and self._flops.total(tokens, trained_tokens) / seconds / self._peak_flops
         return {
             "tokens_per_second": tokens / seconds,
@@ -121,12 +111,11 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (evaluation, a checkpoint) does not count as time of a step."""
-        start = self._clock()
+        """What happens inside (evaluation, a checkpoint) is of no step; all steps before have been recorded."""
         try:
             yield
         finally:
-            self._since += self._clock() - start
+            self._since = Moment(self._device)
 
     @property
     def peak_memory(self) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.data.types import PackedBatch
 from trainer.processes import Processes
-from trainer.strategies.figure import Figure
+from trainer.readings import Figure
 
 StateDict = dict[str, torch.Tensor]
 
