@@ -1,6 +1,6 @@
 """Micro-batch and recompute levels of a run: predicted, confirmed by measuring, lowered where both were wrong.
 
-Memory grows linearly with the tokens of a micro-batch (packed attention builds no mask), so two small batches foretell
+Memory grows linearly with the tokens of a micro-batch (packed attention builds no mask), so two smaller ones foretell
 a large one. Trying the large one instead would end in running out of memory, after which a sharded model, some of
 whose processes wait in a collective, cannot go on.
 """
@@ -37,7 +37,8 @@ from trainer.strategies.base import Strategy
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-PROBE_TOKENS = (256, 1024)
+PROBED = 4  # a micro-batch is foretold by one of so small a share of its tokens, and another as small again
+MIN_PROBE = 1024  # tokens of the larger one
 TRAINED_IN_PROBE = 128  # tokens, the same in both: the loss works in chunks of a fixed size, which is added
 BACK_OFF = 0.9  # of the memory that ran out, at most, is what a run goes on with
 
@@ -131,7 +132,8 @@ class Sizes:
         strategy.allocate_optimizer()
         while True:
             setting, predicted = self.setting, self._current.memory.peak
-            measured = _measure(strategy, packs, packs_each, setting.micro_batch * config.data.pack_length)
+            tokens = setting.micro_batch * config.data.pack_length
+            measured = _measure(strategy, packs, tokens, accumulates=packs_each > setting.micro_batch)
             measured += chunk_bytes(getattr(torch, config.compute_dtype), strategy.device)
             needed = needed_bytes(measured, setting.kind)
             text = "%s: predicted %.1f GiB, measured %.1f; with CUDA, buffers and a margin %.1f of %.1f"
@@ -186,29 +188,33 @@ def _too_large(setting: Setting, needed: float, total: float, config: RunConfig)
     )
 
 
-def _measure(strategy: Strategy, packs: PackedRows, packs_each: int, tokens: int) -> float:
-    """Bytes that a micro-batch of `tokens` tokens, few of them trained, will allocate at most on any process, by two
-    smaller ones.
+def _measure(strategy: Strategy, packs: PackedRows, tokens: int, accumulates: bool) -> float:
+    """Bytes that steps of micro-batches of `tokens` tokens, few of them trained, will allocate at most on any process.
+
+    Activations grow with tokens where they lie beside gradients, as a second micro-batch's do. In a step of one
+    micro-batch they come first and the gradients take their place.
     """
-    small, large = (_peak(strategy, packs, probed, packs_each) for probed in PROBE_TOKENS)
-    per_token = (large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
-    return large + per_token * max(0, tokens - PROBE_TOKENS[1])
+    large = max(MIN_PROBE, tokens // PROBED)
+    small = large // PROBED
+    (low, _), (high, gradients) = (_peak(strategy, packs, probed) for probed in (small, large))
+    peak = high + (high - low) / (large - small) * max(0, tokens - large)
+    return strategy.processes.max(peak if accumulates else max(low, peak - gradients))
 
 
-def _peak(strategy: Strategy, packs: PackedRows, tokens: int, packs_each: int) -> float:
-    """Most bytes allocated on any process while `tokens` tokens a micro-batch go forward and backward."""
+def _peak(strategy: Strategy, packs: PackedRows, tokens: int) -> tuple[int, int]:
+    """Most bytes allocated while two micro-batches of `tokens` tokens go forward and backward, and those they leave."""
     device = strategy.device
     batch = collate([_cut(packs, tokens)])
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    # Two, where a step has two: the second one's activations lie beside the first one's gradients.
-    strategy.forward_backward([batch] * min(2, packs_each), batch.num_trained_tokens)
+    before = torch.cuda.memory_allocated(device)
+    strategy.forward_backward([batch] * 2, batch.num_trained_tokens)
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
+    peak, gradients = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device) - before
     strategy.discard_gradients()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    return strategy.processes.max(peak)
+    return peak, gradients
 
 
 def _cut(packs: PackedRows, tokens: int) -> Pack:

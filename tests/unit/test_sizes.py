@@ -14,7 +14,7 @@ from trainer.checkpoint.layout import RunDir, read_manifest
 from trainer.config import RunConfig
 from trainer.data.types import PackedBatch
 from trainer.errors import PacktrainError, UserError
-from trainer.loss import PackedCausalLM
+from trainer.loss import PackedCausalLM, chunk_bytes
 from trainer.metrics.trackers import read_metrics
 from trainer.model.shapes import published_shape
 from trainer.planner import plan
@@ -26,20 +26,21 @@ from trainer.run import train
 from trainer.sizes import Sizes
 
 LORA: dict[str, Any] = {"adapter": {"r": 4}}
+CUDA = torch.device("cuda")
 AUTO: dict[str, Any] = {"micro_batch": "auto", "recompute": "auto", "global_batch": {"rows": 4}}
 MODEL = "meta-llama/Llama-2-7b-hf"
 PACKS = [[(list(range(64)), list(range(64)))]]
 
 
 class Measured:
-    """A strategy on a GPU that allocates as much as its level and tokens make it."""
+    """A strategy on a GPU that allocates as much as its level and tokens make it, and then its gradients."""
 
-    device = torch.device("cuda")
+    device = CUDA
 
-    def __init__(self, bytes_per_token: Callable[[LayerLevels], float]) -> None:
-        self.bytes_per_token = bytes_per_token
+    def __init__(self, bytes_per_token: Callable[[LayerLevels], float], gradients: float = 0.0) -> None:
+        self.bytes_per_token, self.gradients = bytes_per_token, gradients
         self.levels = LayerLevels(())
-        self.peak = 0.0
+        self.peak = self.allocated = 5.0 * GIB
         self.module = SimpleNamespace(train=lambda: None)
         self.processes = SimpleNamespace(min=lambda value: value, max=lambda value: value)
         self.tokens: list[int] = []
@@ -48,31 +49,37 @@ class Measured:
         pass
 
     def discard_gradients(self) -> None:
-        pass
+        self.allocated = 5.0 * GIB
 
     def forward_backward(self, micro_batches: list[PackedBatch], num_trained_tokens: int) -> None:
         tokens = micro_batches[0].num_tokens
         self.tokens.append(tokens)
-        self.peak = 5 * GIB + tokens * self.bytes_per_token(self.levels)
+        for _ in micro_batches:
+            forward = self.allocated + tokens * self.bytes_per_token(self.levels)
+            self.allocated = 5 * GIB + self.gradients
+            self.peak = max(self.peak, forward, self.allocated)
 
 
 @pytest.fixture
-def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measured], Sizes]:
+def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sizes]:
     config = {"model": {"path": MODEL, "init": "random"}, "adapter": {"r": 16}, "quantization": {}}
     config["data"] = {"train": [{"path": "x", "format": "text"}], "train_on": "all"}
     shape = published_shape(MODEL)
     assert shape
     job = Job(RunConfig.model_validate(config), ModelShape.build(shape), find_gpu(None, 24))
 
-    def run(strategy: Measured) -> Sizes:
+    def run(strategy: Measured, packs_each: int = 16) -> Sizes:
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=job.gpu.memory)
         )
-        for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        for name in ("empty_cache", "synchronize"):
             monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+        forget = lambda device: setattr(strategy, "peak", strategy.allocated)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forget)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: strategy.peak)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: strategy.allocated)
         sizes = Sizes(plan(job), lambda levels: setattr(strategy, "levels", levels))
-        sizes.confirm(strategy, PACKS, 16, job.config)  # type: ignore[arg-type]
+        sizes.confirm(strategy, PACKS, packs_each, job.config)  # type: ignore[arg-type]
         return sizes
 
     return run
@@ -82,15 +89,15 @@ def room_for(gib: float) -> float:
     return gib * GIB / 4096
 
 
-def test_what_fits_is_taken_as_planned(confirm: Callable[[Measured], Sizes]) -> None:
+def test_what_fits_is_taken_as_planned(confirm: Callable[..., Sizes]) -> None:
     strategy = Measured(lambda levels: room_for(10))
     sizes = confirm(strategy)
     assert str(sizes.setting.levels) == "none" and strategy.levels == sizes.setting.levels
-    assert max(strategy.tokens) <= 1024  # a large batch is never tried
+    assert max(strategy.tokens) == sizes.setting.micro_batch * 4096 / 4  # a large batch is never tried
 
 
 def test_what_takes_more_than_was_planned_gives_way_to_what_takes_as_much_less(
-    confirm: Callable[[Measured], Sizes], caplog: pytest.LogCaptureFixture
+    confirm: Callable[..., Sizes], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "trainer.sizes")
     strategy = Measured(lambda levels: room_for({"none": 25, "norms": 20}.get(levels.of_layers[-1], 8)))
@@ -99,11 +106,23 @@ def test_what_takes_more_than_was_planned_gives_way_to_what_takes_as_much_less(
     assert "predicted" in caplog.text and "measured" in caplog.text
 
 
+def test_gradients_take_the_place_of_a_steps_only_activations(
+    confirm: Callable[..., Sizes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside 5 GiB of weights; the loss's chunk is on top."""
+    caplog.set_level("INFO", "trainer.sizes")
+    for packs_each, gib, gradients, measured in [(1, 10, 4, 15), (16, 10, 4, 19), (1, 2, 9, 14.125), (16, 2, 9, 16)]:
+        caplog.clear()
+        confirm(Measured(lambda levels, gib=gib: room_for(gib), gradients * GIB), packs_each)
+        chunk = chunk_bytes(torch.bfloat16, CUDA) / GIB
+        assert f"measured {measured + chunk:.1f};" in caplog.text
+
+
 def levels_of(sizes: Sizes) -> str:
     return sizes.setting.levels.of_layers[-1]
 
 
-def test_where_nothing_fits_the_run_ends_before_its_first_step(confirm: Callable[[Measured], Sizes]) -> None:
+def test_where_nothing_fits_the_run_ends_before_its_first_step(confirm: Callable[..., Sizes]) -> None:
     with pytest.raises(UserError, match="and this GPU has 23.6") as refused:
         confirm(Measured(lambda levels: room_for(100)))
     assert refused.value.fix.startswith("cut the model over more GPUs, or lower data.pack_length;")  # it is quantised
