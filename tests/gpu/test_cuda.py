@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from tests.unit.test_train_float8 import as_float8, check_shares
 from trainer.config import RunConfig
 from trainer.data.types import IGNORE_INDEX, PackedBatch
 from trainer.launchers import World
@@ -35,7 +36,7 @@ from trainer.model.int8 import Int8
 from trainer.model.kernels.cross_entropy import cross_entropy_
 from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from trainer.model.kernels.rope import rotate
-from trainer.model.kernels.rows import copy_rows
+from trainer.model.kernels.rows import copy_rows, scale_rows
 from trainer.model.layers import FusedRMSNorm
 from trainer.model.load import load_model
 from trainer.model.nf4 import FourBit, _dequantize_scales
@@ -431,6 +432,32 @@ def test_rows_are_copied_and_nothing_beside_them(columns: int) -> None:
     copy_rows(x, wide[:, 5 : 5 + columns])
     assert torch.equal(wide[:, 5 : 5 + columns], x)
     assert not wide[:, :5].any() and not wide[:, 5 + columns :].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (75, 704), (4096, 130)], ids=str)
+def test_rows_are_scaled_as_on_the_cpu(
+    shape: tuple[int, int], dtype: torch.dtype, out: torch.dtype, transposed: bool
+) -> None:
+    torch.manual_seed(0)
+    x, factors = (100 * torch.randn(shape)).to(dtype), torch.randn(shape[0])
+    found = []
+    for device in (CPU, CUDA):
+        wide = torch.zeros(shape[transposed], shape[not transposed] + 16, device=device, dtype=out)
+        scale_rows(x.to(device), factors.to(device), wide[:, 8:-8], transposed)
+        found.append(wide.cpu())
+    assert torch.equal(*found) and found[0].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(75, 704), (2049, 4160)], ids=str)
+@pytest.mark.parametrize("format", [None, *FORMATS, Int8()], ids=str)
+def test_float8_weights_are_shares_of_their_rows_largest(
+    format: Format | None, shape: tuple[int, int], transposed: bool
+) -> None:
+    check_shares(*as_float8(format, weight_of(shape).to(CUDA), transposed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

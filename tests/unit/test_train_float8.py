@@ -15,7 +15,11 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.metrics.trackers import read_metrics
 from trainer.model.build import build_model
+from trainer.model.format import Format
+from trainer.model.int8 import Int8
+from trainer.model.kernels.float8 import write_float8
 from trainer.model.load import load_model
+from trainer.model.nf4 import FourBit
 from trainer.model.recompute import use_float8
 from trainer.run import train
 
@@ -50,6 +54,38 @@ def test_outputs_and_gradients_stay_close(sections: dict[str, Any], toy_recipe: 
     assert gradients.keys() == exact_gradients.keys() and gradients
     for name, gradient in gradients.items():
         assert F.cosine_similarity(gradient.flatten(), exact_gradients[name].flatten(), 0) > 0.95, name
+
+
+def check_shares(shares: torch.Tensor, row_scales: torch.Tensor, exact: torch.Tensor) -> None:
+    """Each weight is the nearest of float8's three bits of mantissa, and each row reaches the end of its range."""
+    values, exact, scales = shares.double(), exact.double(), row_scales.double()[:, None]
+    assert ((values * scales - exact).abs() <= (2**-4 + 2**-8) * exact.abs() + 2**-10 * scales).all()
+    assert torch.equal(values.abs().amax(1) == 448, exact.abs().amax(1) > 1e-30)
+
+
+def as_float8(format: Format | None, weight: torch.Tensor, transposed: bool) -> tuple[torch.Tensor, ...]:
+    """Shares and scales laid into the middle of something wider, and the weights in float32."""
+    out, inner = weight.shape[::-1] if transposed else weight.shape
+    wide = torch.zeros(out, inner + 16, dtype=torch.float8_e4m3fn, device=weight.device)
+    row_scales = torch.empty(len(weight), device=weight.device)
+    if format is None:
+        exact = weight
+        write_float8(weight, wide[:, 8 : 8 + inner], row_scales, transposed)
+    else:
+        stored = format.quantize(weight)
+        exact = format.dequantize(*stored, torch.float32)
+        format.to_float8(*stored, wide[:, 8 : 8 + inner], row_scales, transposed)
+    assert not wide[:, :8].float().any() and not wide[:, 8 + inner :].float().any()
+    shares = wide[:, 8 : 8 + inner].float()
+    return (shares.t() if transposed else shares), row_scales, exact
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("format", [None, Int8(), FourBit("nf4", False), FourBit("fp4", True)], ids=str)
+def test_weights_are_shares_of_their_rows_largest(format: Format | None, transposed: bool) -> None:
+    weight = torch.randn(75, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight[1], weight[2] = 0, 1e-3 * weight[2]
+    check_shares(*as_float8(format, weight, transposed))
 
 
 @pytest.mark.parametrize("adapter", [{"dropout": 0.1}, {"dora": True}], ids=str)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, aligned
+from trainer.model.kernels import float8
+from trainer.model.kernels.rows import scale_rows
 
 LARGEST = 127  # magnitude of a code; -128 is not used
 
@@ -44,7 +46,14 @@ class Int8(Format):
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        codes, absmax = packed.view(torch.int8), aligned(scales).view(torch.float32)
-        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
-        # A product in float32, rounded once: as `out` it needs no float32 matrix on CUDA.
-        return torch.mul(codes, (absmax * (1 / LARGEST)).unsqueeze(1), out=weight)
+        weight = torch.empty(packed.shape, dtype=dtype, device=packed.device) if out is None else out
+        scale_rows(packed.view(torch.int8), aligned(scales).view(torch.float32) * (1 / LARGEST), weight)
+        return weight
+
+    @torch.no_grad()
+    def to_float8(
+        self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
+    ) -> None:
+        absmax = aligned(scales).view(torch.float32)
+        torch.div(absmax.clamp(min=float8.SMALLEST), float8.LARGEST, out=row_scales)
+        scale_rows(packed.view(torch.int8), absmax / (LARGEST * row_scales), out, transposed)

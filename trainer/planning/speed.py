@@ -115,11 +115,13 @@ def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
     passes = calibration.FUSED_PASSES if fused else calibration.UNFUSED_PASSES
     moved = passes * saved_bytes(job, kind, "none") + (_float8_bytes(job) if config.train.float8 else 0.0)
     is_written = config.quantization or (config.adapter and fused)  # the base, for each matmul
-    as_multiplied = 1 if config.train.float8 else size
+    as_multiplied, looks = 1 if config.train.float8 else size, 1
+    if config.train.float8 and not config.quantization:
+        looks = 2  # for the largest of each row first
     return _Layer(
         matmuls=(base + beside) * tokens,
         traffic=moved * tokens / _bandwidth(job),
-        dequantize=weights * (job.linear_size + as_multiplied) / _bandwidth(job) if is_written else 0.0,
+        dequantize=weights * (looks * job.linear_size + as_multiplied) / _bandwidth(job) if is_written else 0.0,
         mlp_matmuls=4 * shape.hidden * shape.intermediate * tokens / _base_flops(job),
         norms_traffic=(4 * shape.hidden + 3 * shape.intermediate) * size * tokens / _bandwidth(job),
     )

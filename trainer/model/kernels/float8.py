@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from trainer.model.kernels.rows import scale_rows
+
 try:
     import triton
     import triton.language as tl
@@ -54,10 +56,10 @@ def dequantize_rows(shares: torch.Tensor, scales: torch.Tensor, dtype: torch.dty
 
 
 def write_float8(weight: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool) -> None:
-    """As `trainer.model.format.Format.to_float8`, of a matrix ``[out, in]``, by torch."""
-    row_scales.copy_(weight.abs().amax(1).float().clamp(min=SMALLEST) / LARGEST)
-    shares = (weight.float() / row_scales[:, None]).clamp_(-LARGEST, LARGEST).to(out.dtype)
-    out.copy_(shares.t() if transposed else shares)
+    """As `trainer.model.format.Format.to_float8`, of a matrix ``[out, in]`` in 16 or 32 bit."""
+    torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32, out=row_scales)
+    row_scales.clamp_(min=SMALLEST).div_(LARGEST)
+    scale_rows(weight, row_scales.reciprocal(), out, transposed)
 
 
 def multiply(
