@@ -33,8 +33,7 @@ def scale_rows(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, transp
             to the range of its dtype.
     """
     if triton is None or not x.is_cuda:
-        products = x.float() * factors[:, None]
-        out.copy_(products.t() if transposed else products)
+        torch.mul(x, factors[:, None], out=out.t() if transposed else out)
         return
     rows, columns = x.shape
     strides = (1, out.stride(0)) if transposed else (out.stride(0), 1)
