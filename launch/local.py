@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -77,7 +77,13 @@ class Rank:
         return ""
 
 
-def run_processes(command: Sequence[str], num_processes: int, environ: Mapping[str, str], logs: Path) -> int:
+def run_processes(
+    command: Sequence[str],
+    num_processes: int,
+    environ: Mapping[str, str],
+    logs: Path,
+    goes_on: Callable[[], bool] = lambda: False,
+) -> int:
     """Runs `command` once for each rank, with torchrun's environment variables, until all have ended.
 
     SIGINT, SIGTERM and SIGUSR2 are passed on to all; a second Ctrl-C ends them. When one fails, the others get time to
@@ -85,6 +91,8 @@ def run_processes(command: Sequence[str], num_processes: int, environ: Mapping[s
 
     Args:
         logs: folder for what ranks above 0 write; rank 0 has this process's stdout and stderr.
+        goes_on: asked where all have stopped in order to be resumed, and no signal has come: whether to start them
+            again at once.
 
     Returns:
         0 all done; 2 the user's input is wrong; 75 stopped in order to be resumed; 1 failed, and rank 0 has said why.
@@ -94,6 +102,16 @@ def run_processes(command: Sequence[str], num_processes: int, environ: Mapping[s
         KeyboardInterrupt: Ctrl-C ended the run before it could save.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    with received_signals() as received:
+        while True:
+            status = _run_once(command, num_processes, environ, logs, received)
+            if status != EXIT_TO_BE_RESUMED or received or not goes_on():
+                return status
+
+
+def _run_once(
+    command: Sequence[str], num_processes: int, environ: Mapping[str, str], logs: Path, received: Sequence[int]
+) -> int:
     shared = {
         **environ,
         "WORLD_SIZE": str(num_processes),
@@ -103,15 +121,14 @@ def run_processes(command: Sequence[str], num_processes: int, environ: Mapping[s
     }
     shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     ranks: list[Rank] = []
-    with received_signals() as received:
-        try:
-            for rank in range(num_processes):
-                ranks.append(Rank(command, rank, shared, logs))
-            first_failed = _wait(ranks, received)
-        finally:
-            _send(ranks, signal.SIGKILL)
-            _give_back_terminal(ranks)
-        return _exit_status(ranks, first_failed, received)
+    try:
+        for rank in range(num_processes):
+            ranks.append(Rank(command, rank, shared, logs))
+        first_failed = _wait(ranks, received)
+    finally:
+        _send(ranks, signal.SIGKILL)
+        _give_back_terminal(ranks)
+    return _exit_status(ranks, first_failed, received)
 
 
 def _wait(ranks: Sequence[Rank], received: Sequence[int]) -> tuple[Rank, int] | None:

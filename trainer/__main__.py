@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from trainer.checkpoint.layout import RunDir
-from trainer.errors import EXIT_DONE, EXIT_TO_BE_RESUMED, PacktrainError, explain_os_error
+from trainer.errors import EXIT_DONE, PacktrainError, Preempted, explain_os_error
 from trainer.importing import importing
 from trainer.launcher_settings import adopt_launcher
 from trainer.launchers import World, host_name, read_world
@@ -83,7 +83,7 @@ def _tell(error: PacktrainError, world: World, run_dir: Path | None) -> None:
     if log and is_logged:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{error}\n")
-    stops_in_order = error.exit_status == EXIT_TO_BE_RESUMED  # all have, together
+    stops_in_order = isinstance(error, Preempted)  # all have, together
     if any(name in os.environ for name in EAGER_LAUNCHERS) and not stops_in_order:
         time.sleep(SECONDS_TO_SPEAK * (1 if world.local_rank == 0 else 1.5))  # or rank 0 is ended before it speaks
     if not is_logged:

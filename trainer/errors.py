@@ -101,3 +101,9 @@ class Preempted(PacktrainError):
     """The run saved a checkpoint and stopped in order to be resumed."""
 
     exit_status = EXIT_TO_BE_RESUMED
+
+
+class MemoryRanOut(PacktrainError):
+    """A GPU's memory did, others wait for it in vain, and the next start takes less."""
+
+    exit_status = EXIT_TO_BE_RESUMED

@@ -17,7 +17,7 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.sampler import GlobalBatchSampler, collate, deal
 from trainer.data.types import PackedBatch, PackedRows
-from trainer.errors import Preempted, TrainingDiverged
+from trainer.errors import MemoryRanOut, Preempted, TrainingDiverged
 from trainer.metrics.meters import ThroughputMeter
 from trainer.metrics.recorder import Recorder
 from trainer.preemption import StopRequest
@@ -122,6 +122,7 @@ class TrainLoop:
         Raises:
             Preempted: a signal asked to stop; a checkpoint of this step is committed.
             TrainingDiverged: the gradient was not finite several steps in a row.
+            MemoryRanOut: for the first time, and not where this process could go on by itself.
         """
         try:
             if self._is_due(self.config.eval.every_steps) and self.state.evaluated_step < self.state.step:
@@ -145,6 +146,11 @@ class TrainLoop:
             self.save()
             self._mark("waiting for the last checkpoint")
             self.checkpoints.wait()
+        except torch.OutOfMemoryError as error:
+            found, run = self.meter.peak_memory, self.checkpoints.run_dir
+            if text := self.sizes.note_failure(run, self.processes.world_size, found):
+                raise MemoryRanOut(text) from error
+            raise
         finally:
             self._loader.shutdown(cancel_futures=True)
 
@@ -203,7 +209,6 @@ class TrainLoop:
         self._read_step()  # told before what became of this one
         text = self.sizes.back_off(self.meter.peak_memory) if self.strategy.can_begin_anew else None
         if text is None:
-            self.sizes.note_failure(self.checkpoints.run_dir, self.processes.world_size)
             raise failure
         self.strategy.discard_gradients()
         self.recorder.event(self.state.step, "out_of_memory", text)

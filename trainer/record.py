@@ -14,7 +14,7 @@ import torch
 
 from trainer.checkpoint.layout import RunDir, write_atomically
 from trainer.config import RunConfig
-from trainer.errors import EXIT_USER_ERROR, PacktrainError, Preempted, UserError
+from trainer.errors import EXIT_TO_BE_RESUMED, EXIT_USER_ERROR, PacktrainError, Preempted, UserError
 from trainer.launchers import World, host_name
 from trainer.metrics.report import write_report
 from trainer.metrics.trackers import read_metrics
@@ -58,7 +58,7 @@ def watched(run: RunDir, processes: Processes, stop: StopRequest) -> Iterator[Wa
             raise
         except Preempted as preempted:
             if processes.is_first:
-                _write_preempted(run, preempted)
+                _write_to_be_resumed(run, str(preempted))
             with contextlib.suppress(RuntimeError):  # one that is gone already has stopped too
                 processes.barrier()  # the first one out may have the launcher end the others
             raise
@@ -84,7 +84,7 @@ def recorded(
         if processes.world_size > 1 and not processes.is_first:  # it alone has nothing to tell otherwise
             logger.info("rank %d on %s, %s", processes.rank, host_name(os.environ), processes.device)
         state = _state_recorded(run, config, handler, watchdog, stop)
-        with state if processes.is_first else contextlib.nullcontext():
+        with state if processes.is_first else contextlib.nullcontext(), explaining_memory():
             started = processes.from_first(run.read_state().get("started", 0.0) if processes.is_first else 0.0)
             watchdog.on_end = partial(_write_verdict, run, stop, started)  # from here on the recipe is there for all
             yield
@@ -106,7 +106,7 @@ def _state_recorded(
         run.write_state("done", run.read_state()["step"])
         logger.info("done: %s", write_report(run))
     except Preempted as preempted:
-        _write_preempted(run, preempted)
+        _write_to_be_resumed(run, str(preempted))
         raise
     except KeyboardInterrupt:
         run.write_state("cancelled", _last_step(run), "Ctrl-C twice")
@@ -116,21 +116,38 @@ def _state_recorded(
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, str(error), (), sys.exc_info()))
         with contextlib.suppress(OSError):  # the disk may be full
             if run.read_state().get("started", started) == started:  # else a later start is at work: this one was lost
-                reason = f"{type(error).__name__}: {error}"
-                _write_failed(run, stop, reason, watchdog.blamed(error), _is_loss(error))
+                if getattr(error, "exit_status", None) == EXIT_TO_BE_RESUMED:
+                    _write_to_be_resumed(run, str(error))
+                else:
+                    _write_failed(run, stop, _reason(error), watchdog.blamed(error), _is_loss(error))
         if isinstance(error, OSError):
             fix = "make room or mend the file system; the same command goes on from the last checkpoint"
             raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
-        if isinstance(error, torch.OutOfMemoryError):
-            fix = "the same command goes on from the last checkpoint, with leaner sizes where train.micro_batch or "
-            fix += "train.recompute is auto; where both are named, lower the one or set the other to full"
-            raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
         raise
+
+
+@contextlib.contextmanager
+def explaining_memory() -> Iterator[None]:
+    """Running out of a GPU's memory gets a fix, which the other processes are told where it is inside of `telling`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fix = "the same command goes on from the last checkpoint, with leaner sizes where train.micro_batch or "
+        fix += "train.recompute is auto; where both are named, lower the one or set the other to full"
+        raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
 
 
 def _write_verdict(run: RunDir, stop: StopRequest, started: float, verdict: Verdict) -> None:
     record = run.read_state()
-    if record.get("state") == "running" and record.get("started") == started:
+    if record.get("state") != "running" or record.get("started") != started:
+        return
+    if verdict.exit_status == EXIT_TO_BE_RESUMED:
+        _write_to_be_resumed(run, verdict.message)
+    else:
         _write_failed(run, stop, verdict.message, verdict.host, verdict.is_loss)
 
 
@@ -139,7 +156,7 @@ def _write_failed(run: RunDir, stop: StopRequest, reason: str, blamed: str, is_l
     # that has only just come says nothing: srun sends it to the others once a rank is dead.
     if is_loss and stop.age >= SHORTEST_GRACE:
         why = f"{stop.reason} came, and the time it left was too short to save: {reason}"
-        run.write_state("preempted", max(run.steps(), default=0), why)
+        _write_to_be_resumed(run, why)
     else:
         run.write_state("failed", _last_step(run), reason, **({"blamed": blamed} if blamed else {}))
 
@@ -150,17 +167,16 @@ def _write_never_began(run: RunDir, stop: StopRequest, error: BaseException, bla
     is_users = getattr(error, "exit_status", None) == EXIT_USER_ERROR
     if not (of_job or (run.state.exists() and not is_users)):
         return
-    reason = str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError, UserError), only_one_trainer(run):  # else what is told is another process's
-        _write_failed(run, stop, reason, blamed, _is_loss(error))
+        _write_failed(run, stop, _reason(error), blamed, _is_loss(error))
 
 
 def _is_loss(error: BaseException) -> bool:
     return isinstance(error, RankFailed) and error.is_loss
 
 
-def _write_preempted(run: RunDir, preempted: Preempted) -> None:
-    run.write_state("preempted", max(run.steps(), default=0), str(preempted))
+def _write_to_be_resumed(run: RunDir, why: str) -> None:
+    run.write_state("preempted", max(run.steps(), default=0), why)
 
 
 def _last_step(run: RunDir) -> int:

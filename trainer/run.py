@@ -57,7 +57,7 @@ from trainer.preflight import (
 )
 from trainer.processes import Processes, start_processes
 from trainer.recipe import dump_recipe
-from trainer.record import meeting, recorded, watched
+from trainer.record import explaining_memory, meeting, recorded, watched
 from trainer.resume import check_data, check_identity, check_nobody_trains, check_recipe_unchanged, only_one_trainer
 from trainer.schedule import Schedule
 from trainer.sizes import Sizes, begin_with, describe_job, open_sizes
@@ -81,6 +81,7 @@ def train(config: RunConfig, run_dir: Path, world: World = ALONE, data: str | No
     Raises:
         UserError: recipe, data or model cannot be used; the run dir is as it was.
         Preempted: a signal asked to stop; a checkpoint is committed and ``state.json`` says preempted.
+        MemoryRanOut: of a GPU among several; ``state.json`` says preempted, and the next start takes less.
         PreflightFailed: the processes' machines cannot do it.
         PacktrainError: the run failed; ``state.json`` says why.
     """
@@ -209,7 +210,7 @@ def _fit(
     num_steps = sampler.num_steps
     with watchdog.alone("starting the trackers"):
         recorder = _recorder(config, run, processes, num_steps, resumed or 0)
-    with contextlib.closing(recorder), checkpoints, watchdog.telling():
+    with contextlib.closing(recorder), checkpoints, watchdog.telling(), explaining_memory():
         loop = TrainLoop(
             config=config,
             strategy=strategy,
@@ -276,13 +277,13 @@ def _choose_sizes(
     identity: dict[str, Any],
 ) -> Sizes:
     """A run resumed by as many processes, laid out alike, keeps the sizes it began with where they are automatic."""
-    candidates = open_sizes(job, strategy, run)
-    set_levels = partial(set_recompute, model)
+    candidates, ran_out = open_sizes(job, strategy, run)
+    set_levels, has_backed_off = partial(set_recompute, model), ran_out and not strategy.can_begin_anew
     if resumed is not None and config.train.micro_batch == "auto":
         manifest = read_manifest(run.step_dir(resumed))
         if all(manifest.get(key) == identity[key] for key in ("world_size", "strategy")):
-            return Sizes(begin_with(manifest["progress"], candidates, job), set_levels)
-    sizes = Sizes(candidates, set_levels)
+            return Sizes(begin_with(manifest["progress"], candidates, job), set_levels, has_backed_off)
+    sizes = Sizes(candidates, set_levels, has_backed_off)
     if len(candidates) > 1 and strategy.device.type == "cuda":
         sizes.confirm(strategy, splits.train, job.packs_each, config)
     return sizes

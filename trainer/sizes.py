@@ -56,18 +56,22 @@ def describe_job(config: RunConfig, model: nn.Module, processes: Processes, data
     return replace(job, trained_share=data.trained_share, attended=data.attended) if data else job
 
 
-def open_sizes(job: Job, strategy: Strategy, run: RunDir) -> list[Candidate]:
-    """The planner's candidates for a strategy, less those that need as much as ran out of memory in this run dir."""
+def open_sizes(job: Job, strategy: Strategy, run: RunDir) -> tuple[list[Candidate], bool]:
+    """The planner's candidates for a strategy, less those that need as much as ran out of memory in this run dir.
+
+    Returns:
+        Candidates; whether memory ran out before under this strategy, on as many processes.
+    """
     kind = cast(Kind, strategy.name)
     candidates = plan(job, [kind])
     failed = strategy.processes.from_first(_read_failure(run) if strategy.processes.is_first else None)
     if failed is None or (failed["strategy"], failed["world_size"]) != (kind, job.num_gpus):
-        return candidates
+        return candidates, False
     limit = BACK_OFF * price(job, Setting.load(kind, failed)).memory.peak
     leaner = [candidate for candidate in candidates if candidate.memory.peak <= limit]
     if leaner:
         logger.info("memory ran out with %s: takes less", Setting.load(kind, failed))
-    return leaner or candidates
+    return leaner or candidates, True
 
 
 def begin_with(saved: Mapping[str, Any], candidates: list[Candidate], job: Job) -> list[Candidate]:
@@ -98,14 +102,17 @@ class Sizes:
     Args:
         candidates: in the planner's order.
         set_levels: puts levels into the model.
+        has_backed_off: memory ran out before, and these are the sizes that it left.
 
     Attributes:
         setting: the one in force.
     """
 
-    def __init__(self, candidates: list[Candidate], set_levels: Callable[[LayerLevels], None]) -> None:
+    def __init__(
+        self, candidates: list[Candidate], set_levels: Callable[[LayerLevels], None], has_backed_off: bool = False
+    ) -> None:
         self._candidates, self._set_levels = candidates, set_levels
-        self._has_backed_off = False
+        self._has_backed_off = has_backed_off
         self._take(candidates[0])
 
     @property
@@ -153,22 +160,31 @@ class Sizes:
         Returns:
             What happened, for the log; None where nothing is left to take.
         """
-        failed = self._current
-        leaner = self._leaner_than(BACK_OFF * failed.memory.peak)
-        if leaner is None or self._has_backed_off:
+        failed, leaner = self._current, self._next_leaner()
+        if leaner is None:
             return None
         self._has_backed_off = True
         self._take(leaner)
-        return (
-            f"out of memory with {failed.setting}: predicted {failed.memory.peak / GIB:.1f} GiB, found more than "
-            f"{found / GIB:.1f}; goes on with {leaner.setting}"
-        )
+        return f"{_misprediction(failed, found)}; goes on with {leaner.setting}"
 
-    def note_failure(self, run: RunDir, world_size: int) -> None:
-        """Keeps the sizes with which memory ran out for good, so that the next start stays below them."""
-        setting = self.setting
+    def note_failure(self, run: RunDir, world_size: int, found: float) -> str | None:
+        """Keeps the sizes with which memory ran out, so that the next start stays below them.
+
+        Args:
+            found: as in `back_off`.
+
+        Returns:
+            What happened, where it is worth starting again at once; None where that is left to the user.
+        """
+        setting, leaner = self.setting, self._next_leaner()
         failed = {"strategy": setting.kind, "world_size": world_size, **setting.saved}
         write_atomically(run.out_of_memory, json.dumps(failed) + "\n")
+        if leaner is None:
+            return None
+        return f"{_misprediction(self._current, found)}; the next start takes {leaner.setting}"
+
+    def _next_leaner(self) -> Candidate | None:
+        return None if self._has_backed_off else self._leaner_than(BACK_OFF * self._current.memory.peak)
 
     def _leaner_than(self, peak: float) -> Candidate | None:
         return next((c for c in self._candidates if c.memory.peak <= min(peak, self._current.memory.peak - 1)), None)
@@ -176,6 +192,11 @@ class Sizes:
     def _take(self, candidate: Candidate) -> None:
         self._current = candidate
         self._set_levels(candidate.setting.levels)
+
+
+def _misprediction(failed: Candidate, found: float) -> str:
+    predicted = f"predicted {failed.memory.peak / GIB:.1f} GiB, found more than {found / GIB:.1f}"
+    return f"out of memory with {failed.setting}: {predicted}"
 
 
 def _too_large(setting: Setting, needed: float, total: float, config: RunConfig) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ def test_the_next_start_goes_on_with_leaner_sizes(toy_recipe_file: Callable[...,
     run = RunDir(tmp_path / "run")
     arguments = [str(toy_recipe_file(**RECIPE, strategy={"kind": "fsdp2"})), "--run-dir", str(run.path)]
     statuses, said = start(arguments, tmp_path)
-    assert all(statuses) and "out of memory" in said and run.read_state()["state"] == "failed"
+    assert statuses == [75, 75] and "rank 1 on host" in said
+    text = re.search(r"out of memory with (.*): predicted .*; the next start takes (.*)", said)
+    state = run.read_state()
+    assert text and state["state"] == "preempted" and text[0] in state["reason"]
     statuses, said = start(arguments, tmp_path)
-    assert statuses == [0, 0], said
+    assert statuses == [0, 0] and f"memory ran out with {text[1]}: takes less" in said
     assert run.read_state()["state"] == "done"
     assert read_manifest(run.step_dir(2))["progress"]["micro_batch"] <= 2

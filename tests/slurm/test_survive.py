@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import Cluster
 from runs import SAVE_EVERY, Submitter, assert_uninterrupted
+
+# One task of a job has a GPU whose memory runs out.
+RUNS_OUT = """
+import os
+if "SLURM_STEP_ID" in os.environ and os.environ["SLURM_PROCID"] == "{rank}":
+    import torch
+    from trainer.loss import PackedCausalLM
+    forward = PackedCausalLM.forward
+    def limited(self, batch):
+        if self.training and batch.num_tokens > {limit}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return forward(self, batch)
+    PackedCausalLM.forward = limited
+"""
 
 
 def test_two_nodes_with_two_tasks_each_and_what_follows(
@@ -81,6 +96,25 @@ def test_a_killed_rank_is_tried_again_and_its_node_excluded(
     assert (run.path / "blamed").read_text().split() == ["n2", "n2"]
     assert "n2" not in run.events("start")[-1]["nodes"]
     assert [end["why"] for end in run.events("end")] == ["", "without n2", ""]
+
+
+def test_memory_that_runs_out_is_tried_again_with_less(
+    cluster: Cluster, submit: Submitter, slurm_toy: dict[str, Any]
+) -> None:
+    limit = 2 * slurm_toy["data"]["pack_length"]
+    (submit.folder / "sitecustomize.py").write_text(RUNS_OUT.format(rank=1, limit=limit))
+    setup = [f"export PYTHONPATH=$PYTHONPATH:{submit.folder}"]
+    sizes = {"micro_batch": "auto", "recompute": "none", "global_batch": {"rows": 8}, "max_steps": 10}
+    run = submit(cluster, slurm={"setup": setup}, train=sizes)
+    run.wait_for_end()
+    assert [(end["state"], end["action"]) for end in run.events("end")] == [
+        ("preempted", "requeue"),
+        ("done", "finish"),
+    ]
+    assert not (run.path / "blamed").exists() and len(run.steps()) == 10
+    assert re.search(
+        "rank 1 on host n2 .* out of memory with .*(.|\n)*memory ran out with .*: takes less", run.output()
+    )
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])

@@ -17,7 +17,8 @@ from launch import cli
 
 ROOT = Path(__file__).parents[2]
 WAIT = 30.0  # seconds until a test gives up
-# Runs CHILD on argv[1] processes in the current folder, as `packtrain train` does; less patient.
+# Runs CHILD on argv[1] processes in the current folder, as `packtrain train` does; less patient. It goes on where there
+# is a file `again`.
 DRIVER = """
 import os, sys
 from pathlib import Path
@@ -27,7 +28,7 @@ local.SECONDS_TO_END = float(os.environ.get("SECONDS_TO_END", 3))
 local.SECONDS_AFTER_RANK_0 = local.SECONDS_AFTER_SECOND_CTRL_C = 1.0
 try:
     command = [sys.executable, "-c", Path("child.py").read_text()]
-    sys.exit(local.run_processes(command, int(sys.argv[1]), os.environ, Path("logs")))
+    sys.exit(local.run_processes(command, int(sys.argv[1]), os.environ, Path("logs"), Path("again").exists))
 except PacktrainError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_status)
@@ -215,8 +216,27 @@ def test_a_file_s_last_lines_are_of_this_start(launch: Callable[..., Launch], tm
     assert (status, err) == (1, "rank 1 ended with status 1\nthe end of logs/rank_1.log:\n  the cause\n")
 
 
+def test_what_stopped_to_be_resumed_is_started_again_for_as_long_as_it_goes_on(
+    launch: Callable[..., Launch], tmp_path: Path
+) -> None:
+    (tmp_path / "again").touch()
+    stops_twice = """
+note(os.environ["MASTER_PORT"])
+starts = len(Path(f"notes_{rank}").read_text().splitlines())
+starts == 3 and Path("again").unlink(missing_ok=True)
+sys.exit(75)
+"""
+    run = launch(stops_twice)
+    assert run.ended() == (75, "", "")
+    ports = run.notes(0)
+    assert len(ports) == 3 and run.notes(1) == ports
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_reaches_every_child_once(number: signal.Signals, launch: Callable[..., Launch]) -> None:
+def test_a_signal_reaches_every_child_once(
+    number: signal.Signals, launch: Callable[..., Launch], tmp_path: Path
+) -> None:
+    (tmp_path / "again").touch()  # who was asked to stop does not go on
     run = launch(NOTES_SIGNALS, 3)
     run.pids()
     run.process.send_signal(number)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.checkpoint.layout import RunDir, read_manifest
-from trainer.errors import PacktrainError, Preempted, TrainingDiverged
+from trainer.errors import MemoryRanOut, Preempted, TrainingDiverged
 from trainer.loss import PackedCausalLM
 from trainer.metrics.trackers import read_metrics
 from trainer.readings import Figure
@@ -129,8 +129,9 @@ def test_memory_that_runs_out_under_an_engine_that_cuts_ends_the_run_and_the_nex
     sizes = {"micro_batch": "auto", "recompute": "auto", "global_batch": {"rows": 4}}
     config = toy_recipe(adapter=LORA, train=sizes, eval={}, strategy={"kind": "fsdp2"})
     run = RunDir(tmp_path / "run")
-    with pytest.raises(PacktrainError, match="memory is full(.|\n)*leaner sizes"):
+    with pytest.raises(MemoryRanOut, match="predicted .*; the next start takes"):
         train(config, run.path)
+    assert run.read_state()["state"] == "preempted"
     assert not [r for r in told(run) if r.get("event") == "out_of_memory"]
     train(config, run.path)
     assert steps(told(run))[-4:] == [1, 2, 3, 4]
@@ -160,3 +161,16 @@ def test_no_part_of_a_step_is_timed_with_another(toy_recipe, tmp_path, at_step):
     train(toy_recipe(adapter=LORA, train={"max_steps": 5}, eval={"every_steps": 2}), tmp_path / "run")
     seconds = [r["seconds"] for r in told(RunDir(tmp_path / "run")) if r["kind"] == "step"]
     assert len(seconds) == 5 and min(seconds) >= 0.2
+
+
+def test_memory_that_runs_out_in_the_optimizer_leaves_the_next_start_less(toy_recipe, tmp_path, monkeypatch):
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sizes = {"micro_batch": "auto", "recompute": "none", "global_batch": {"rows": 4}}
+    config, run = toy_recipe(adapter=LORA, train=sizes, eval={}), RunDir(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(MemoryRanOut, match="micro-batch of 4 packs.*; the next start"):
+        patch.setattr(SingleProcess, "step", run_out)
+        train(config, run.path)
+    train(config, run.path)
+    assert read_manifest(run.step_dir(4))["progress"]["micro_batch"] < 4

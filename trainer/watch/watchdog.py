@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from trainer.errors import EXIT_TO_BE_RESUMED, PacktrainError
+from trainer.errors import PacktrainError, Preempted
 from trainer.launchers import host_name
 from trainer.processes import Processes
 from trainer.watch.beatline import Hub, Line, Spoke, open_listener
@@ -144,7 +144,7 @@ class Watchdog:
 
     def _tell_others(self, error: BaseException) -> Failure | None:
         """None where nobody failed: all stop together in order to be resumed."""
-        if not self._watches or getattr(error, "exit_status", None) == EXIT_TO_BE_RESUMED:
+        if not self._watches or isinstance(error, Preempted):
             return None
         failure = self._pulse.failure = self._pulse.failure or describe_failure(error)
         self._line.wake()
