@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/python -m launch.demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --ignore=tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore=tests/slurm
 
 # On a real SLURM that the tests start themselves; skipped, and said so, where that cannot be.
 test-slurm: $(STAMP)

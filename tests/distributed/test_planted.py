@@ -19,8 +19,8 @@ from trainer.config import RunConfig
 from trainer.watch.verdict import Limits
 
 SIZE = 4
-# A third of a real run's: those are test_launch.py's.
-LIMITS = Limits(silence=9.0, suspect=4.0, secondary=7.0, stall=12.0, fail=10.0, connect=20.0, grace=3.0, courtesy=0.5)
+# A quarter of a real run's: those are test_launch.py's.
+LIMITS = Limits(silence=7.0, suspect=4.0, secondary=6.0, stall=9.0, fail=9.0, connect=20.0, grace=3.0, courtesy=0.5)
 RECIPE: dict[str, Any] = {
     "adapter": {"r": 4},
     "quantization": {},

@@ -269,8 +269,8 @@ def test_following_over_a_restart_until_the_end(commands: Commands, run_dir: Pat
     write(log(run_dir), f"{STAMP}step 2")
     write(run_dir / "logs/rank_1.log", "of another rank")
     one.wait_for("step 2")
-    set_state(run_dir, "preempted")
     commands.add("squeue", squeue_line({"JobArrayID": "12", "State": "PENDING", "Reason": "BeginTime"}))
+    set_state(run_dir, "preempted")
     one.wait_for("is requeued (job 12): BeginTime")
     log(run_dir).unlink()
     write(log(run_dir), f"{STAMP}step 3")  # another file of the same name

@@ -148,7 +148,7 @@ def assert_all_ended(process: Process) -> None:
 def test_in_the_middle_of_preparing_data(toy_recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     many_rows = tmp_path / "rows.jsonl"  # for a pool of processes, and long enough
     row = {"messages": [{"role": "user", "content": "Say a b c."}, {"role": "assistant", "content": "a b c " * 20}]}
-    many_rows.write_text((json.dumps(row) + "\n") * 400_000)
+    many_rows.write_text((json.dumps(row) + "\n") * 150_000)
     recipe = toy_recipe_file(data={"train": [{"path": str(many_rows), "format": "messages"}]})
     run, cache = RunDir(tmp_path / "run"), tmp_path / "cache"
     process = start([str(recipe), "--run-dir", str(run.path)], tmp_path)
