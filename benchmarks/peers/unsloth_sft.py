@@ -57,7 +57,7 @@ def main() -> None:
     batch = f"{arguments.per_device_train_batch_size} x {arguments.gradient_accumulation_steps} packs"
     recompute = "its checkpointing" if checkpointing else "no checkpointing"
     settings = f"its packing, loss on all tokens, {recompute}, {batch}, {arguments_of(job)['optim']}, bf16"
-    installed = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    installed = {one.name.lower().replace("_", "-") for one in importlib.metadata.distributions()}
     attention = ", ".join(sorted(FLASH & installed)) or MASKED
     tell({**meter.figures(attention), "loss": loss, "settings": settings})
 
