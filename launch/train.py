@@ -92,12 +92,12 @@ def _run_several(recipe: Path, run_dir: Path, overrides: dict[str, Any], num_pro
     command += [f"--{field}={value}" for field, value in overrides.items()]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     run = RunDir(run_dir)
-    noted = _changed(run.out_of_memory)
+    noted = _modified_at(run.out_of_memory)
 
     def memory_ran_out() -> bool:
         """In the start that has just ended; a second time the run fails."""
         nonlocal noted
-        before, noted = noted, _changed(run.out_of_memory)
+        before, noted = noted, _modified_at(run.out_of_memory)
         return noted != before
 
     status = run_processes(command, num_processes, os.environ | {"PYTHONPATH": path}, run.logs, memory_ran_out)
@@ -105,5 +105,5 @@ def _run_several(recipe: Path, run_dir: Path, overrides: dict[str, Any], num_pro
         sys.exit(status)  # rank 0 has said why
 
 
-def _changed(file: Path) -> int:
+def _modified_at(file: Path) -> int:
     return file.stat().st_mtime_ns if file.exists() else 0

@@ -52,6 +52,11 @@ class PreflightFailed(PacktrainError):
         self.blamed = blamed
 
 
+def as_read(error: BaseException) -> str:
+    """The error as users read it, with its type where packtrain did not foresee it."""
+    return str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error is, where its whole text is for its authors."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -14,7 +14,7 @@ import torch
 
 from trainer.checkpoint.layout import RunDir, write_atomically
 from trainer.config import RunConfig
-from trainer.errors import EXIT_TO_BE_RESUMED, EXIT_USER_ERROR, PacktrainError, Preempted, UserError
+from trainer.errors import EXIT_TO_BE_RESUMED, EXIT_USER_ERROR, PacktrainError, Preempted, UserError, as_read
 from trainer.launchers import World, host_name
 from trainer.metrics.report import write_report
 from trainer.metrics.trackers import read_metrics
@@ -119,7 +119,7 @@ def _state_recorded(
                 if getattr(error, "exit_status", None) == EXIT_TO_BE_RESUMED:
                     _write_to_be_resumed(run, str(error))
                 else:
-                    _write_failed(run, stop, _reason(error), watchdog.blamed(error), _is_loss(error))
+                    _write_failed(run, stop, as_read(error), watchdog.blamed(error), _is_loss(error))
         if isinstance(error, OSError):
             fix = "make room or mend the file system; the same command goes on from the last checkpoint"
             raise PacktrainError(f"{run.path}: {error}\n  fix: {fix}") from error
@@ -135,10 +135,6 @@ def explaining_memory() -> Iterator[None]:
         fix = "the same command goes on from the last checkpoint, with leaner sizes where train.micro_batch or "
         fix += "train.recompute is auto; where both are named, lower the one or set the other to full"
         raise PacktrainError(f"the GPU's memory is full: {error}\n  fix: {fix}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
 
 
 def _write_verdict(run: RunDir, stop: StopRequest, started: float, verdict: Verdict) -> None:
@@ -168,7 +164,7 @@ def _write_never_began(run: RunDir, stop: StopRequest, error: BaseException, bla
     if not (of_job or (run.state.exists() and not is_users)):
         return
     with contextlib.suppress(OSError, UserError), only_one_trainer(run):  # else what is told is another process's
-        _write_failed(run, stop, _reason(error), blamed, _is_loss(error))
+        _write_failed(run, stop, as_read(error), blamed, _is_loss(error))
 
 
 def _is_loss(error: BaseException) -> bool:

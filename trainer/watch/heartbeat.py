@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.errors import EXIT_FAILURE, PacktrainError
+from trainer.errors import EXIT_FAILURE, as_read
 from trainer.launchers import host_name
 from trainer.watch.blame import causes, is_machines
 
@@ -90,7 +90,7 @@ class Beat:
 
 def describe_failure(error: BaseException) -> Failure:
     """`error` as the other processes need to know it."""
-    text = str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
+    text = as_read(error)
     if len(text) > _MAX_ERROR_TEXT:
         text = f"{text[:_MAX_ERROR_TEXT]} ..."
     chain = list(causes(error))
