@@ -79,16 +79,12 @@ SETTINGS = {
     ),
     "lora": Setting("adapters of rank 16 on all linear layers, over a bfloat16 base", "lora"),
     "full": Setting(
-        "every weight trained, kept in bfloat16, with 8-bit AdamW",
+        "every weight trained, kept in bfloat16, and so are AdamW's moments",
         "full",
-        overrides={"train.param_dtype": "bfloat16", "optim.name": "paged_adamw_8bit"},
+        overrides={"train.param_dtype": "bfloat16"},
         weights="bfloat16",
     ),
-    "full-float32": Setting(
-        "every weight trained, kept in float32 with bfloat16 matmuls, with 8-bit AdamW",
-        "full",
-        overrides={"optim.name": "paged_adamw_8bit"},
-    ),
+    "full-float32": Setting("every weight trained, kept in float32 with bfloat16 matmuls, and AdamW", "full"),
 }
 
 

@@ -80,6 +80,12 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             group["lr"] = rate
 
 
+def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of moments that the driver moves between GPU and host memory as there is room."""
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(moment.nbytes for moment in moments if getattr(moment, "is_paged", False))
+
+
 def quantize_moment(values: torch.Tensor, key: str) -> tuple[torch.Tensor, torch.Tensor]:
     """8-bit codes and block scales of a float32 moment, as bitsandbytes' 8-bit optimizers hold it.
 

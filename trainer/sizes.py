@@ -136,18 +136,21 @@ class Sizes:
         """
         total = strategy.processes.min(torch.cuda.get_device_properties(strategy.device).total_memory)
         strategy.module.train()
-        strategy.allocate_optimizer()
+        paged = strategy.processes.max(strategy.allocate_optimizer())
         while True:
             setting, predicted = self.setting, self._current.memory.peak
             tokens = setting.micro_batch * config.data.pack_length
             measured = _measure(strategy, packs, tokens, accumulates=packs_each > setting.micro_batch)
             measured += chunk_bytes(getattr(torch, config.compute_dtype), strategy.device)
-            needed = needed_bytes(measured, setting.kind)
+            needed = needed_bytes(measured + paged, setting.kind)
             text = "%s: predicted %.1f GiB, measured %.1f; with CUDA, buffers and a margin %.1f of %.1f"
-            logger.info(text, setting, *(size / GIB for size in (predicted, measured, needed, total)))
+            logger.info(text, setting, *(size / GIB for size in (predicted, measured + paged, needed, total)))
             if needed <= total:
                 return
             if (leaner := self._leaner_than(predicted - (needed - total))) is None:
+                if paged and needed_bytes(measured, setting.kind) <= total:
+                    logger.warning("paged moments of %.1f GiB move between host and GPU in each step", paged / GIB)
+                    return
                 raise _too_large(setting, needed, total, config)
             self._take(leaner)
 

@@ -404,9 +404,24 @@ def test_dequantised_weights_are_those_of_bitsandbytes(format: FourBit, dtype: t
     args = (packed, absmax, 64, format.type, [75, 704], dtype)
     wanted = torch.ops.bitsandbytes.dequantize_4bit(*args)
     assert torch.equal(format.dequantize(packed, scales, dtype), wanted)
-    wide = torch.zeros(75, 720, device=CUDA, dtype=dtype)
-    format.dequantize(packed, scales, dtype, wide[:, 8:712])
-    assert torch.equal(wide[:, 8:712], wanted) and not wide[:, :8].any() and not wide[:, 712:].any()
+    for before, width in ((8, 720), (8, 719), (7, 720)):  # weights are stored in pairs where pairs are aligned
+        wide = torch.zeros(75, width, device=CUDA, dtype=dtype)
+        inner = slice(before, before + 704)
+        format.dequantize(packed, scales, dtype, wide[:, inner])
+        assert torch.equal(wide[:, inner], wanted)
+        assert not wide[:, :before].any() and not wide[:, inner.stop :].any()
+
+
+@pytest.mark.parametrize(("rank", "first", "columns"), [(16, 0, 16), (5, 5, 15), (4, 0, 12), (8, 16, 24)])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_b_lies_beside_dequantised_weights(format: FourBit, rank: int, first: int, columns: int) -> None:
+    torch.manual_seed(0)
+    packed, scales = format.quantize(torch.randn(75, 704, device=CUDA))
+    b = torch.randn(75, rank, device=CUDA, dtype=torch.bfloat16)
+    found, wanted = (torch.full((75, 704 + columns + 8), 7.0, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+    format.dequantize_beside(packed, scales, b, first, found[:, :-8])
+    Format.dequantize_beside(format, packed, scales, b, first, wanted[:, :-8])
+    assert torch.equal(found, wanted) and (found[:, -8:] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -19,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.errors import EXIT_USER_ERROR, UserError
 from trainer.model.build import build_model
 from trainer.model.folder import read_sizes
+from trainer.model.layers import adapters_of_layers
 from trainer.model.load import load_model
 from trainer.model.recompute import decoder_layers, has_fused_layers, set_recompute
 from trainer.model.shapes import published_shape
@@ -92,40 +93,49 @@ def test_advice_leaves_out_what_the_recipe_does(sections: dict[str, Any], open_w
 BFLOAT16: dict[str, Any] = {"train": {"param_dtype": "bfloat16"}}
 FLOAT8: dict[str, Any] = {**QLORA, "train": {"float8": True}}
 INT8: dict[str, Any] = {**LORA, "quantization": {"type": "int8"}}
-SHORT, LONG = (4096, 0.723, 166), (8192, 0.995, 3842)
+INT8_FLOAT8: dict[str, Any] = {**INT8, "train": {"float8": True}}
+LORA_FLOAT8: dict[str, Any] = {**LORA, "train": {"float8": True}}
+SHORT, SHORT_8192, LONG = (4096, 0.724, 167), (8192, 0.724, 167), (8192, 0.995, 3842)
 Point = tuple[str, dict[str, Any], tuple[int, float, float], bool, int, str, float, float]
 MEASURED: list[Point] = [
-    (LLAMA_7B, QLORA, SHORT, False, 4, "none", 69.8, 19955),
-    (LLAMA_7B, QLORA, SHORT, False, 4, "norms", 51.2, 19864),
-    (LLAMA_7B, QLORA, SHORT, False, 4, "mlp", 30.4, 16807),
-    (LLAMA_7B, QLORA, SHORT, False, 4, "full", 11.3, 13735),
-    (LLAMA_7B, QLORA, SHORT, False, 2, "none", 37.1, 19418),
-    (LLAMA_7B, QLORA, SHORT, False, 2, "norms", 27.8, 19350),
-    (LLAMA_7B, QLORA, SHORT, False, 2, "mlp", 17.3, 16384),
-    (LLAMA_7B, QLORA, SHORT, False, 2, "full", 7.8, 13402),
-    (LLAMA_7B, QLORA, SHORT, False, 1, "none", 20.8, 17321),
-    (LLAMA_7B, QLORA, SHORT, False, 1, "norms", 16.1, 17807),
-    (LLAMA_7B, QLORA, SHORT, False, 1, "mlp", 10.8, 15353),
-    (LLAMA_7B, QLORA, SHORT, False, 1, "full", 6.0, 12635),
-    (LLAMA_7B, LORA, SHORT, False, 4, "none", 78.8, 19719),
-    (LLAMA_7B, LORA, SHORT, False, 4, "norms", 60.1, 19615),
-    (LLAMA_7B, LORA, SHORT, False, 1, "none", 29.7, 16663),
-    (LLAMA_7B, LORA, SHORT, False, 1, "norms", 25.1, 16705),
-    (LLAMA_7B, BFLOAT16, SHORT, False, 4, "none", 116.0, 14671),
-    (LLAMA_7B, BFLOAT16, SHORT, False, 4, "mlp", 76.3, 12878),
-    (LLAMA_7B, BFLOAT16, SHORT, False, 2, "none", 83.8, 14200),
-    (LLAMA_7B, BFLOAT16, SHORT, False, 2, "mlp", 63.6, 12590),
-    (LLAMA_13B, QLORA, SHORT, False, 4, "none", 110.0, 10777),
-    (LLAMA_13B, QLORA, SHORT, False, 4, "mlp", 47.9, 8968),
-    (LLAMA_13B, QLORA, SHORT, False, 1, "none", 33.5, 9835),
-    (LLAMA_13B, QLORA, SHORT, False, 1, "mlp", 17.8, 8265),
-    (LLAMA_3, QLORA, SHORT, False, 4, "none", 75.6, 17943),
-    (LLAMA_3, QLORA, SHORT, False, 4, "norms", 53.7, 17737),
-    (LLAMA_3, QLORA, SHORT, False, 2, "none", 40.9, 17290),
-    (LLAMA_3, QLORA, SHORT, False, 2, "norms", 29.9, 17101),
-    (LLAMA_70B, QLORA, SHORT, False, 1, "none", 122.4, 2032),
-    (LLAMA_70B, QLORA, SHORT, False, 1, "norms", 95.0, 2012),
-    (LLAMA_70B, QLORA, SHORT, False, 1, "mlp", 60.0, 1615),
+    (LLAMA_7B, QLORA, SHORT, False, 4, "none", 69.9, 20312),
+    (LLAMA_7B, QLORA, SHORT, False, 4, "norms", 51.3, 20059),
+    (LLAMA_7B, QLORA, SHORT, False, 4, "mlp", 30.4, 17000),
+    (LLAMA_7B, QLORA, SHORT, False, 4, "full", 11.4, 13790),
+    (LLAMA_7B, QLORA, SHORT, False, 1, "none", 20.8, 18870),
+    (LLAMA_7B, QLORA, SHORT, False, 1, "norms", 16.2, 18794),
+    (LLAMA_7B, QLORA, SHORT, False, 1, "mlp", 10.9, 15910),
+    (LLAMA_7B, QLORA, SHORT, False, 1, "full", 6.1, 12555),
+    (LLAMA_7B, LORA, SHORT, False, 4, "none", 78.9, 20138),
+    (LLAMA_7B, LORA, SHORT, False, 4, "norms", 60.2, 19779),
+    (LLAMA_7B, LORA, SHORT, False, 1, "none", 29.8, 17913),
+    (LLAMA_7B, LORA, SHORT, False, 1, "norms", 25.1, 17935),
+    (LLAMA_7B, BFLOAT16, SHORT, False, 4, "none", 116.0, 14491),
+    (LLAMA_7B, BFLOAT16, SHORT, False, 2, "none", 83.8, 14001),
+    (LLAMA_13B, QLORA, SHORT, False, 1, "none", 33.6, 10141),
+    (LLAMA_70B, QLORA, SHORT, False, 1, "none", 122.7, 2035),
+    (LLAMA_70B, QLORA, SHORT, False, 1, "mlp", 60.3, 1616),
+    (LLAMA_7B, FLOAT8, SHORT, False, 4, "none", 70.1, 30515),
+    (LLAMA_7B, LORA_FLOAT8, SHORT, False, 4, "none", 79.1, 27473),
+    (LLAMA_7B, INT8_FLOAT8, SHORT, False, 4, "none", 73.0, 28132),
+    (LLAMA_7B, QLORA, SHORT, False, 2, "none", 37.1, 19491),
+    (LLAMA_7B, QLORA, SHORT, False, 2, "norms", 27.8, 19262),
+    (LLAMA_7B, QLORA, SHORT, False, 2, "mlp", 17.3, 16397),
+    (LLAMA_7B, QLORA, SHORT, False, 2, "full", 7.8, 13394),
+    (LLAMA_7B, BFLOAT16, SHORT, False, 4, "mlp", 76.4, 12954),
+    (LLAMA_7B, BFLOAT16, SHORT, False, 2, "mlp", 63.6, 12640),
+    (LLAMA_7B, BFLOAT16, SHORT, False, 1, "none", 67.6, 13456),
+    (LLAMA_7B, BFLOAT16, SHORT, False, 1, "mlp", 57.6, 11887),
+    (LLAMA_13B, QLORA, SHORT, False, 4, "none", 110.0, 10891),
+    (LLAMA_13B, QLORA, SHORT, False, 4, "mlp", 47.9, 9051),
+    (LLAMA_13B, QLORA, SHORT, False, 1, "mlp", 17.8, 8386),
+    (LLAMA_3, QLORA, SHORT_8192, False, 4, "norms", 101.5, 18407),
+    (LLAMA_3, QLORA, SHORT_8192, False, 2, "none", 75.6, 18202),
+    (LLAMA_3, QLORA, SHORT_8192, False, 2, "norms", 53.7, 17962),
+    (LLAMA_70B, QLORA, SHORT, False, 1, "norms", 94.9, 2045),
+    (LLAMA_7B, INT8, SHORT, False, 4, "none", 72.8, 20177),
+    (LLAMA_7B, FLOAT8, SHORT, False, 4, "norms", 51.4, 29326),
+    (LLAMA_7B, FLOAT8, SHORT, False, 4, "mlp", 30.4, 25679),
     (LLAMA_7B, QLORA, SHORT, True, 4, "none", 69.9, 20568),
     (LLAMA_7B, QLORA, SHORT, True, 6, "none", 102.7, 20859),
     (LLAMA_7B, QLORA, SHORT, True, 7, "none", 119.1, 20786),
@@ -135,11 +145,6 @@ MEASURED: list[Point] = [
     (LLAMA_7B, QLORA, LONG, True, 2, "none", 69.9, 16662),
     (LLAMA_7B, QLORA, LONG, True, 2, "full", 11.3, 11649),
     (LLAMA_7B, QLORA, LONG, False, 2, "none", 69.9, 14119),
-    (LLAMA_7B, FLOAT8, SHORT, False, 4, "none", 69.9, 27007),
-    (LLAMA_7B, {**LORA, "train": {"float8": True}}, SHORT, False, 4, "none", 79.0, 27312),
-    (LLAMA_7B, {**INT8, "train": {"float8": True}}, SHORT, False, 4, "none", 73.0, 27702),
-    (LLAMA_7B, INT8, SHORT, False, 4, "none", 72.8, 20252),
-    (LLAMA_7B, BFLOAT16, SHORT, False, 1, "none", 67.6, 13374),
 ]
 
 
@@ -156,20 +161,23 @@ def check_prediction(point: Point, kind: Kind, gpus: int, rounds: int, memory: f
 
 @pytest.mark.parametrize("point", MEASURED, ids=str)
 def test_measured_runs(point: Point) -> None:
-    check_prediction(point, "single", gpus=1, rounds=2, memory=0.0125, rate=0.05)
+    check_prediction(point, "single", gpus=1, rounds=2, memory=0.0125, rate=0.03)
+
+
+def test_a_step_of_one_micro_batch_with_paged_moments() -> None:
+    """`packtrain train`: of 91.2 GiB 12.5 are moments, which torch does not count; bitsandbytes' step takes 0.2 s."""
+    paged: dict[str, Any] = {**BFLOAT16, "optim": {"name": "paged_adamw_8bit"}}
+    point = (LLAMA_7B, paged, SHORT, False, 4, "none", 91.2, 12500)
+    check_prediction(point, "single", gpus=1, rounds=1, memory=0.0125, rate=0.05)
 
 
 # Four H200s over NVLink, torch 2.11, one micro-batch a step; as above, and flash-attn-4 where documents are long.
 WHOLE = (8192, 0.084, 4057)
-INT8_FLOAT8: dict[str, Any] = {**INT8, "train": {"float8": True}}
-ALPACA = (4096, 0.724, 167)
 ON_FOUR: list[tuple[Kind, Point]] = [
-    ("ddp", (LLAMA_7B, QLORA, ALPACA, False, 4, "none", 69.8, 19583)),
-    ("fsdp2", (LLAMA_7B, QLORA, ALPACA, False, 4, "none", 67.3, 19394)),
-    ("ddp", (LLAMA_70B, QLORA, ALPACA, False, 1, "none", 122.4, 2002)),
-    ("fsdp2", (LLAMA_70B, QLORA, ALPACA, False, 1, "none", 96.5, 1974)),
-    ("fsdp2", (LLAMA_70B, FLOAT8, WHOLE, True, 1, "norms", 125.2, 2585)),
-    ("ddp", (LLAMA_70B, FLOAT8, WHOLE, True, 1, "mlp", 81.9, 2284)),
+    ("ddp", (LLAMA_7B, QLORA, SHORT, False, 4, "none", 69.9, 19689)),
+    ("fsdp2", (LLAMA_7B, QLORA, SHORT, False, 4, "none", 67.3, 19146)),
+    ("ddp", (LLAMA_70B, QLORA, SHORT, False, 1, "none", 122.4, 2002)),
+    ("fsdp2", (LLAMA_70B, QLORA, SHORT, False, 1, "none", 96.5, 1974)),
     ("fsdp2", (LLAMA_70B, INT8_FLOAT8, WHOLE, True, 1, "mlp", 64.6, 2234)),
 ]
 
@@ -200,7 +208,7 @@ def small_job(small_model: Path, toy_recipe: Callable[..., RunConfig], **section
 
 
 def kept_for_backward(layer: Any, rotary: Any, hidden: int, tokens: int) -> int:
-    """Bytes of the distinct tensors that live on for the backward of `layer`, its parameters left out."""
+    """Bytes of the distinct tensors that live on for the backward of `layer`, its parameters and adapters left out."""
 
     class Kept:
         def __init__(self, tensor: torch.Tensor) -> None:
@@ -214,10 +222,15 @@ def kept_for_backward(layer: Any, rotary: Any, hidden: int, tokens: int) -> int:
 
     x = torch.randn(1, tokens, hidden, requires_grad=True)
     tables = rotary(x, torch.arange(tokens)[None])
+    (adapters,) = adapters_of_layers([layer], x.dtype)
+    given = {} if adapters is None else {"adapters": adapters}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
-        output = layer(x, position_embeddings=tables, cu_seq_lens_q=torch.tensor([0, tokens]), max_length_q=tokens)
+        output = layer(
+            x, position_embeddings=tables, cu_seq_lens_q=torch.tensor([0, tokens]), max_length_q=tokens, **given
+        )
     assert output.requires_grad
-    others = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *tables)}
+    cast = [] if adapters is None else [one.a for one in adapters.cast if one.a is not None]
+    others = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *tables, *cast)}
     storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in kept)}
     return sum(size for pointer, size in storages.items() if pointer not in others)
 

@@ -37,16 +37,18 @@ class Measured:
 
     device = CUDA
 
-    def __init__(self, bytes_per_token: Callable[[LayerLevels], float], gradients: float = 0.0) -> None:
-        self.bytes_per_token, self.gradients = bytes_per_token, gradients
+    def __init__(
+        self, bytes_per_token: Callable[[LayerLevels], float], gradients: float = 0.0, paged: float = 0.0
+    ) -> None:
+        self.bytes_per_token, self.gradients, self.paged = bytes_per_token, gradients, paged
         self.levels = LayerLevels(())
         self.peak = self.allocated = 5.0 * GIB
         self.module = SimpleNamespace(train=lambda: None)
         self.processes = SimpleNamespace(min=lambda value: value, max=lambda value: value)
         self.tokens: list[int] = []
 
-    def allocate_optimizer(self) -> None:
-        pass
+    def allocate_optimizer(self) -> float:
+        return self.paged
 
     def discard_gradients(self) -> None:
         self.allocated = 5.0 * GIB
@@ -116,6 +118,20 @@ def test_gradients_take_the_place_of_a_steps_only_activations(
         confirm(Measured(lambda levels, gib=gib: room_for(gib), gradients * GIB), packs_each)
         chunk = chunk_bytes(torch.bfloat16, CUDA) / GIB
         assert f"measured {measured + chunk:.1f};" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("paged", "is_leaner", "says"),
+    [(1, False, "measured 16"), (8, True, "measured 23"), (16, True, "of 16.0 GiB move")],
+)
+def test_paged_moments_have_their_room_where_there_is_some(
+    paged: float, is_leaner: bool, says: str, confirm: Callable[..., Sizes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where even the leanest leaves too little they move to the host and back, as their optimizer is for."""
+    caplog.set_level("INFO", "trainer.sizes")
+    strategy = Measured(lambda levels: room_for(10 if levels.of_layers[-1] == "none" else 4), paged=paged * GIB)
+    assert (levels_of(confirm(strategy)) != "none") == is_leaner
+    assert says in caplog.text
 
 
 def levels_of(sizes: Sizes) -> str:

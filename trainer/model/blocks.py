@@ -3,7 +3,7 @@
 ``x -> norm -> q, k, v, rotated`` | attention | ``x + output projection`` | ``x + down(silu(gate(norm)) * up(norm))``
 
 Between them autograd keeps the residual stream twice a layer, q, k, v and the attention's output. A node keeps its
-linears' parameters themselves (a view of one would pin a gathered base) and the rank-r products.
+linears' bases themselves (a view of one would pin a gathered base), their adapters and the rank-r products.
 """
 
 from __future__ import annotations
@@ -19,16 +19,7 @@ from trainer.model.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm
 from trainer.model.kernels.rope import rotate
 from trainer.model.kernels.rows import copy_rows
 from trainer.model.kernels.swiglu import swiglu, swiglu_backward
-from trainer.model.linears import (
-    Linear,
-    LinearSpec,
-    beside,
-    project,
-    project_backward,
-    total_out,
-    unflatten,
-    widened,
-)
+from trainer.model.linears import Linears, LinearSpec, beside, num_tensors, project, project_backward, widened
 
 Grads = tuple[torch.Tensor | None, ...]
 
@@ -52,19 +43,18 @@ class QueryKeyValue(torch.autograd.Function):
         Args:
             x: ``[rows, hidden]`` in the dtype of the matmuls.
             cos, sin: ``[rows, head_dim]``.
-            specs, tensors: of q, k and v, see `trainer.model.linears.unflatten`.
+            specs, tensors: of q, k and v, see `trainer.model.linears.Linears`.
 
         Returns:
             q, k and v as ``[rows, heads, head_dim]``, and `x` itself: what the residual stream goes on from, so that
             its gradient comes back here and is added where the norm's is computed.
         """
-        linears = unflatten(specs, tensors)
+        linears, head_dim = Linears(specs, tensors), cos.shape[-1]
         wide = _normed(x, norm_weight, eps, linears)
         outputs = project(wide, linears)
-        widths = [linear.out_features for linear in linears]
-        q, k, v = (output.unflatten(1, (-1, cos.shape[-1])) for output in outputs.split(widths, 1))
-        rotate(q, cos, sin, out=q)
-        rotate(k, cos, sin, out=k)
+        rotated = outputs[:, : -linears.outs[-1]].unflatten(1, (-1, head_dim))  # q and k, which lie side by side
+        rotate(rotated, cos, sin, out=rotated)
+        q, k, v = (output.unflatten(1, (-1, head_dim)) for output in outputs.split(linears.outs, 1))
         ctx.save_for_backward(x, norm_weight, cos, sin, *_kept(wide, x.shape[1], recompute), *tensors)
         ctx.eps, ctx.specs = eps, specs
         return q, k, v, x
@@ -72,12 +62,12 @@ class QueryKeyValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
         x, norm_weight, cos, sin, normed, low_rank, *tensors = ctx.saved_tensors
-        linears = unflatten(ctx.specs, tensors)
+        linears = Linears(ctx.specs, tensors)
         if normed is None:
             normed = rms_norm(x, norm_weight, ctx.eps)
-        wide = widened(x, total_out(linears), linears)
-        widths = [linear.out_features for linear in linears]
-        q, k, v = (own.unflatten(1, (-1, cos.shape[-1])) for own in wide[:, : sum(widths)].split(widths, 1))
+        wide = widened(x, linears.total_out, linears)
+        own_grads = wide[:, : linears.total_out].split(linears.outs, 1)
+        q, k, v = (own.unflatten(1, (-1, cos.shape[-1])) for own in own_grads)
         rotate(grads[0], cos, sin, inverse=True, out=q)
         rotate(grads[1], cos, sin, inverse=True, out=k)
         copy_rows(grads[2].flatten(1), v.flatten(1))
@@ -95,7 +85,7 @@ class AddProjection(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, spec: LinearSpec, *tensors: torch.Tensor
     ) -> torch.Tensor:
         """``x [rows, in]``, ``residual [rows, out]``, and the linear's tensors."""
-        linears = unflatten([spec], tensors)
+        linears = Linears([spec], tensors)
         wide = beside(x, linears)
         output = project(wide, linears, residual)
         ctx.save_for_backward(x, wide[:, x.shape[1] :].clone(), *tensors)
@@ -105,7 +95,7 @@ class AddProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
         x, low_rank, *tensors = ctx.saved_tensors
-        linears = unflatten([ctx.spec], tensors)
+        linears = Linears([ctx.spec], tensors)
         wide = beside(grads[0], linears)
         grad_x, grad_tensors = project_backward(wide, x, low_rank, linears, ctx.needs_input_grad[0])
         return grad_x, grads[0], None, *grad_tensors
@@ -132,13 +122,13 @@ class FeedForward(torch.autograd.Function):
                 products alone.
             keep_in_float8: gate and up, where they are kept, with a scale each for every row. The gradient of adapters
                 then differs by some 3%, that of a whole model by 1% (norm of the difference against the norm).
-            specs, tensors: of gate, up and down.
+            specs, tensors: of gate and up, which read one input, and then of down.
         """
-        *inner, down = unflatten(specs, tensors)
+        inner, down = _read_mlp(specs, tensors)
         wide = _normed(x, norm_weight, eps, inner)
         both = project(wide, inner)
         wide_product = _product(both, down)
-        output = project(wide_product, [down], residual=x)
+        output = project(wide_product, down, residual=x)
         kept = _kept(wide, x.shape[1], recompute) + _kept(wide_product, both.shape[1] // 2, recompute)
         stored = (None, None) if recompute == "mlp" else _shrunk(both) if keep_in_float8 else (both, None)
         ctx.save_for_backward(x, norm_weight, *stored, *kept, *tensors)
@@ -148,7 +138,7 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
         x, norm_weight, both, scales, normed, low_rank, product, low_rank_down, *tensors = ctx.saved_tensors
-        *inner, down = unflatten(ctx.specs, tensors)
+        inner, down = _read_mlp(ctx.specs, tensors)
         if both is None:
             wide = _normed(x, norm_weight, ctx.eps, inner)
             both, normed = project(wide, inner), wide[:, : x.shape[1]]
@@ -159,7 +149,7 @@ class FeedForward(torch.autograd.Function):
         gate, up = both.chunk(2, 1)
         if product is None:
             product = swiglu(gate, up)
-        grad_product, grads_down = project_backward(beside(grads[0], [down]), product, low_rank_down, [down], True)
+        grad_product, grads_down = project_backward(beside(grads[0], down), product, low_rank_down, down, True)
         assert grad_product is not None
         del product
         grad_both = widened(x, both.shape[1], inner)
@@ -189,17 +179,23 @@ class SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, linears: list[Linear]) -> torch.Tensor:
+def _read_mlp(specs: Sequence[LinearSpec], tensors: Sequence[torch.Tensor]) -> tuple[Linears, Linears]:
+    """Gate and up, and down."""
+    count = num_tensors(specs[:-1])
+    return Linears(specs[:-1], tensors[:count]), Linears(specs[-1:], tensors[count:])
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, linears: Linears) -> torch.Tensor:
     """The norm of `x` with room for the linears' rank-r products beside it."""
     wide = widened(x, x.shape[1], linears)
     rms_norm(x, weight, eps, out=wide[:, : x.shape[1]])
     return wide
 
 
-def _product(both: torch.Tensor, down: Linear) -> torch.Tensor:
+def _product(both: torch.Tensor, down: Linears) -> torch.Tensor:
     """``silu(gate) * up`` of gate and up side by side, with room for the rank-r product of `down` beside it."""
     gate, up = both.chunk(2, 1)
-    wide = widened(both, gate.shape[1], [down])
+    wide = widened(both, gate.shape[1], down)
     swiglu(gate, up, out=wide[:, : gate.shape[1]])
     return wide
 

@@ -49,6 +49,18 @@ class Format(ABC):
             out: is filled and returned; of that shape and dtype, its rows may lie apart.
         """
 
+    def dequantize_beside(
+        self, packed: torch.Tensor, scales: torch.Tensor, b: torch.Tensor | None, first: int, out: torch.Tensor
+    ) -> None:
+        """Writes the matrix, and beside it zeros but for `b`, into ``[out, in + columns]``, whose rows may lie apart.
+
+        Args:
+            b: ``[out, r]``; its columns begin at the `first` of those beside the matrix.
+        """
+        weight = self.dequantize(packed, scales, out.dtype)
+        out[:, : weight.shape[1]].copy_(weight)
+        lay_beside(out[:, weight.shape[1] :], b, first)
+
     def to_float8(
         self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
     ) -> None:
@@ -59,6 +71,14 @@ class Format(ABC):
             row_scales: float32 ``[out]``, written.
         """
         write_float8(self.dequantize(packed, scales, torch.bfloat16), out, row_scales, transposed)
+
+
+def lay_beside(out: torch.Tensor, b: torch.Tensor | None, first: int) -> None:
+    """Fills ``[rows, columns]`` `out` with zeros but for `b`, whose columns begin at the `first`."""
+    if b is None or b.shape[1] < out.shape[1]:
+        out.zero_()
+    if b is not None:
+        out[:, first : first + b.shape[1]].copy_(b)
 
 
 def aligned(scales: torch.Tensor) -> torch.Tensor:

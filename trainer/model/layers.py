@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
 
 from trainer.config import RecomputeLevel
+from trainer.model.adapters import SharedAdapters, cast_adapters
 from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.blocks import AddProjection, FeedForward, QueryKeyValue, SwiGLU
 from trainer.model.linears import LinearSpec
-from trainer.model.lora import flat_linear
+from trainer.model.lora import PlainLinear, plain_linear, read_base
 from trainer.model.offload import ActivationOffload
 
 
@@ -57,7 +58,7 @@ class FusedMLP(nn.Module):
 class FusedDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the Llama family as the three nodes of `trainer.model.blocks`, for packed rows.
 
-    Where a linear needs its own module (see `flat_linear`), or rows are padded or cached (generation), it computes by
+    Where a linear needs its own module (see `plain_linear`), or rows are padded or cached (generation), it computes by
     transformers' modules, one after the other.
 
     Attributes:
@@ -85,9 +86,15 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         with self.offload.around(self, kwargs):
             return super().__call__(*args, **kwargs)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """``[1, tokens, hidden] -> [1, tokens, hidden]``; arguments as of transformers' decoder layers."""
-        parts = None if args else self._parts(hidden_states, **kwargs)
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, adapters: LayerAdapters | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """``[1, tokens, hidden] -> [1, tokens, hidden]``; arguments as of transformers' decoder layers.
+
+        Args:
+            adapters: this layer's of `adapters_of_layers`.
+        """
+        parts = None if args else self._parts(hidden_states, adapters, **kwargs)
         if parts is None:
             attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
             hidden_states = hidden_states + attended
@@ -100,11 +107,26 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
 
     def is_plain(self) -> bool:
         """Whether all of its linears are of the kind that the nodes compute."""
-        if not isinstance(self.mlp, FusedMLP):
-            return False
+        return self.plain_linears() is not None
+
+    def plain_linears(self, dtype: torch.dtype | None = None) -> list[list[PlainLinear]] | None:
+        """Its linears, those together that read one input; None where one of them computes by its module."""
         attention, mlp = self.self_attn, self.mlp
-        names = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *mlp.children())
-        return all(flat_linear(linear) is not None for linear in names)
+        if not isinstance(mlp, FusedMLP):
+            return None
+        groups = []
+        for modules in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ):
+            linears = [plain_linear(module, dtype) for module in modules]
+            found = [linear for linear in linears if linear is not None]
+            if len(found) < len(linears):
+                return None
+            groups.append(found)
+        return groups
 
     def _fused(
         self,
@@ -129,34 +151,37 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         rows = FeedForward.apply(rows, next_norm.weight, next_norm.eps, again, in_float8, *parts.mlp)
         return torch.ops.aten._unsafe_view(rows, hidden_states.shape)  # FSDP2 hooks the output, and warns of views
 
-    def _parts(self, hidden_states: torch.Tensor, **kwargs: Any) -> Parts | None:
+    def _parts(
+        self, hidden_states: torch.Tensor, adapters: LayerAdapters | None, past_key_values: Any = None, **kwargs: Any
+    ) -> Parts | None:
         """What the nodes take; None where the modules have to compute."""
-        attention, device_type = self.self_attn, hidden_states.device.type
-        if len(hidden_states) != 1 or kwargs.get("past_key_values") is not None:
+        if len(hidden_states) != 1 or past_key_values is not None:
             return None
-        if attention.config._attn_implementation not in PACKED_ATTENTION or not isinstance(self.mlp, FusedMLP):
+        if self.self_attn.config._attn_implementation not in PACKED_ATTENTION:
             return None
-        dtype = hidden_states.dtype
+        dtype, device_type = hidden_states.dtype, hidden_states.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        qkv = self._flatten(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
-        output = self._flatten(dtype, attention.o_proj)
-        mlp = self._flatten(dtype, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-        if qkv is None or output is None or mlp is None:
+        (adapters,) = adapters_of_layers([self], dtype) if adapters is None else (adapters,)
+        if adapters is None:
             return None
+        qkv, output, inner, down = (self._flatten(*group) for group in zip(*adapters, strict=True))
+        mlp = ((*inner[0], *down[0]), *inner[1:], *down[1:])
         return Parts(dtype, qkv, (output[0][0], *output[1:]), mlp)
 
-    def _flatten(self, dtype: torch.dtype, *linears: nn.Module) -> tuple[Any, ...] | None:
+    def _flatten(self, linears: list[PlainLinear], adapters: SharedAdapters) -> tuple[Any, ...]:
+        """Specs and tensors, as of `trainer.model.linears.Linears`. A base is whole only while its layer computes."""
         specs: list[LinearSpec] = []
         tensors: list[torch.Tensor] = []
-        for linear in linears:
-            flat = flat_linear(linear, dtype)
-            if flat is None:
-                return None
-            frozen = not any(tensor.requires_grad for tensor in flat[1][: flat[0].num_base])
-            specs.append(replace(flat[0], float8=self.float8 and frozen))
-            tensors += flat[1]
-        return tuple(specs), *tensors
+        lora_b = iter(adapters.b)
+        for base, adapter in linears:
+            format, own = read_base(base)
+            in_float8 = self.float8 and not any(tensor.requires_grad for tensor in own)
+            specs.append(LinearSpec(format, len(adapter.a) if adapter else 0, in_float8))
+            tensors += own
+            if adapter:
+                tensors.append(next(lora_b))
+        return tuple(specs), *tensors, *([] if adapters.a is None else [adapters.a])
 
 
 class Parts(NamedTuple):
@@ -166,6 +191,21 @@ class Parts(NamedTuple):
     qkv: tuple[Any, ...]
     output: tuple[Any, ...]
     mlp: tuple[Any, ...]
+
+
+class LayerAdapters(NamedTuple):
+    """A layer's linears, those together that read one input, and of each such group the adapters as they multiply."""
+
+    linears: list[list[PlainLinear]]
+    cast: list[SharedAdapters]
+
+
+def adapters_of_layers(layers: Iterable[nn.Module], dtype: torch.dtype) -> list[LayerAdapters | None]:
+    """Of each layer what the nodes multiply by in `dtype`, cast for all layers at once; None where modules compute."""
+    linears = [layer.plain_linears(dtype) if isinstance(layer, FusedDecoderLayer) else None for layer in layers]
+    groups = [group for own in linears if own is not None for group in own]
+    cast = iter(cast_adapters([[one.adapter for one in group if one.adapter] for group in groups], dtype))
+    return [None if own is None else LayerAdapters(own, [next(cast) for _ in own]) for own in linears]
 
 
 def fuse_layers(model: PreTrainedModel) -> None:

@@ -6,8 +6,7 @@ here. Only the forward is ours, and only where nothing special is asked for.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,14 +16,16 @@ from transformers import PreTrainedModel
 
 from trainer.config import AdapterConfig
 from trainer.errors import PacktrainError, UserError
-from trainer.model.linears import LinearSpec, beside, project, project_backward, unflatten
+from trainer.model.adapters import Adapter, cast_adapters
+from trainer.model.format import Format
+from trainer.model.linears import Linears, LinearSpec, beside, project, project_backward
 from trainer.model.quantized import QuantizedLinear
 
 ADAPTER = "default"  # PEFT's name of the only adapter
 
 
 class LoraMatMul(torch.autograd.Function):
-    """One linear with its adapter. Saves x, the rank-r product and the parameters themselves.
+    """One linear with its adapter. Saves x, the rank-r product, the base and the adapter as it is multiplied.
 
     PEFT's own path keeps the input twice (with a cast between the adapter's dtype and the base's) and the adapter's
     output once more.
@@ -34,8 +35,8 @@ class LoraMatMul(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, spec: LinearSpec, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        """``x [..., in]`` in the dtype of the matmuls; tensors as of `trainer.model.linears.unflatten`."""
-        linears, rows = unflatten([spec], tensors), x.reshape(-1, x.shape[-1])
+        """``x [..., in]`` in the dtype of the matmuls; tensors as of `trainer.model.linears.Linears`."""
+        linears, rows = Linears([spec], tensors), x.reshape(-1, x.shape[-1])
         wide = beside(rows, linears)
         output = project(wide, linears)
         if bias is not None:
@@ -47,7 +48,7 @@ class LoraMatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low_rank, *tensors = ctx.saved_tensors
-        linears, rows = unflatten([ctx.spec], tensors), x.reshape(-1, x.shape[-1])
+        linears, rows = Linears([ctx.spec], tensors), x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         wide = beside(grad.to(x.dtype), linears)
         grad_x, grad_tensors = project_backward(wide, rows, low_rank, linears, ctx.needs_input_grad[0])
@@ -89,17 +90,18 @@ class FusedLora(PeftLoraLinear):
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
         # autocast inside an autograd function would cast the forward and not the backward
         with torch.autocast(x.device.type, enabled=False):
-            spec, tensors = self.flat()
-            output = LoraMatMul.apply(x.to(dtype), base.bias, spec, *tensors)
+            ((lora_a, (lora_b,)),) = cast_adapters([[self.adapter()]], dtype)
+            format, tensors = read_base(base)
+            spec = LinearSpec(format, rank=lora_b.shape[1])
+            output = LoraMatMul.apply(x.to(dtype), base.bias, spec, *tensors, lora_b, lora_a)
         return output if autocast else output.to(x.dtype)
 
-    def flat(self) -> tuple[LinearSpec, tuple[torch.Tensor, ...]]:
-        """What a plain layer computes with, in the order of `trainer.model.linears.unflatten`."""
-        adapter = self.active_adapters[0]
-        spec, base = _flat_base(self.get_base_layer())
-        lora_a: Any = self.lora_A[adapter]
-        lora_b: Any = self.lora_B[adapter]
-        return replace(spec, scaling=self.scaling[adapter]), (*base, lora_a.weight, lora_b.weight)
+    def adapter(self) -> Adapter:
+        """That of a plain layer."""
+        name = self.active_adapters[0]
+        lora_a: Any = self.lora_A[name]
+        lora_b: Any = self.lora_B[name]
+        return Adapter(lora_a.weight, lora_b.weight, self.scaling[name])
 
     def is_plain(self) -> bool:
         """Whether nothing is asked for but one adapter's product, which is what is fused."""
@@ -125,11 +127,19 @@ class FusedLora(PeftLoraLinear):
         return module.in_features, module.out_features
 
 
-def flat_linear(
-    module: nn.Module, dtype: torch.dtype | None = None
-) -> tuple[LinearSpec, tuple[torch.Tensor, ...]] | None:
-    """What a linear computes with in `dtype` (None: in its own), with an adapter or without; None where only the module
-    itself can say.
+class PlainLinear(NamedTuple):
+    """A linear without bias whose product and its adapter's are all that it computes.
+
+    Attributes:
+        base: a QuantizedLinear or nn.Linear; what it holds may be gathered later.
+    """
+
+    base: Any
+    adapter: Adapter | None
+
+
+def plain_linear(module: nn.Module, dtype: torch.dtype | None = None) -> PlainLinear | None:
+    """What a linear computes with in `dtype` (None: in its own); None where only the module itself can say.
 
     That is with a bias, dropout, DoRA and the like, and where a module's own hooks have to run: ZeRO-3 gathers what a
     module owns when that module is called.
@@ -142,14 +152,15 @@ def flat_linear(
     if any(part._forward_pre_hooks or part._forward_hooks for part in (module, base)):
         return None
     if isinstance(module, FusedLora):
-        return module.flat() if module.is_plain() else None
-    return _flat_base(base)
+        return PlainLinear(base, module.adapter()) if module.is_plain() else None
+    return PlainLinear(base, None)
 
 
-def _flat_base(base: Any) -> tuple[LinearSpec, tuple[torch.Tensor, ...]]:
+def read_base(base: Any) -> tuple[Format | None, tuple[torch.Tensor, ...]]:
+    """Format and tensors of a linear's own weight, as `trainer.model.linears.Linears` takes them."""
     if isinstance(base, QuantizedLinear):
-        return LinearSpec(base.format, None), (base.packed, base.scales)
-    return LinearSpec(None, None), (base.weight,)
+        return base.format, (base.packed, base.scales)
+    return None, (base.weight,)
 
 
 def decoder_linears(causal_lm: PreTrainedModel) -> dict[str, nn.Module]:

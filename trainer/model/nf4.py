@@ -19,7 +19,14 @@ from torch.nn import functional as F
 
 from trainer.errors import UserError
 from trainer.model.format import CHUNK, SMALLEST_ABSMAX, Format, aligned
-from trainer.model.kernels.dequantize import BLOCK_SIZE, FourBitWeights, can_dequantize, dequantize, to_float8
+from trainer.model.kernels.dequantize import (
+    BLOCK_SIZE,
+    FourBitWeights,
+    can_dequantize,
+    dequantize,
+    dequantize_beside,
+    to_float8,
+)
 
 SCALES_PER_GROUP = 256  # scales that share one second-level scale
 
@@ -79,7 +86,6 @@ class FourBit(Format):
             scales_chunk.copy_(absmax)
         return packed, _quantize_scales(scales) if self.double_quant else scales.view(torch.uint8)
 
-    @torch.no_grad()
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -96,6 +102,14 @@ class FourBit(Format):
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, block_scales, BLOCK_SIZE, self.type, rows, dtype)
         return weight.view(shape) if out is None else out.copy_(weight.view(shape))
 
+    def dequantize_beside(
+        self, packed: torch.Tensor, scales: torch.Tensor, b: torch.Tensor | None, first: int, out: torch.Tensor
+    ) -> None:
+        if b is not None and can_dequantize(packed) and b.dtype == out.dtype and b.is_contiguous():
+            dequantize_beside(self._on_cuda(packed, aligned(scales)), b, first, out)
+        else:
+            super().dequantize_beside(packed, scales, b, first, out)
+
     def to_float8(
         self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
     ) -> None:
@@ -105,11 +119,8 @@ class FourBit(Format):
             super().to_float8(packed, scales, out, row_scales, transposed)
 
     def _on_cuda(self, packed: torch.Tensor, scales: torch.Tensor) -> FourBitWeights:
-        values, num_blocks = _values(self.type, packed.device), packed.numel() * 2 // BLOCK_SIZE
-        if not self.double_quant:
-            return FourBitWeights(packed, scales.view(torch.float32), None, values, values)
-        codes, second = scales[-num_blocks:], scales[:-num_blocks].view(torch.float32)
-        return FourBitWeights(packed, codes, second, values, dynamic_map(packed.device))
+        values, scale_values = _values(self.type, packed.device), dynamic_map(packed.device)
+        return FourBitWeights(packed, scales, self.double_quant, values, scale_values)
 
 
 @lru_cache

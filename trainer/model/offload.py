@@ -55,7 +55,9 @@ class ActivationOffload:
         # The topmost layer's are needed at once. A layer that is computed again keeps its input and no parameter.
         kept = _Kept(self._below, stays=layer is self._last)
         again = layer.training and getattr(layer, "gradient_checkpointing", False)
-        shared = {_pointer(table) for table in inputs.get("position_embeddings", ())}
+        adapters = inputs["adapters"].cast if "adapters" in inputs else []
+        tables = (*inputs.get("position_embeddings", ()), *(one.a for one in adapters if one.a is not None))
+        shared = {_pointer(table) for table in tables}
         pack = partial(self._pack, kept, [] if again else self._owners[layer], shared)
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield

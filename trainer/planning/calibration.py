@@ -1,10 +1,9 @@
 """Every constant of the planner that was fitted or estimated, and to what. No torch.
 
-Rates are fitted to 41 points on one H200 (torch 2.11): Llama-2 of 7B, 13B and 70B and Llama-3-8B, all methods, every
-level, 4,096 to 28,672 tokens a micro-batch, short documents and long; the one in float8 was measured before the loss
-had its kernel. Predictions differ from them by at most 3.4%. The memory of one GPU is counted, not fitted, and within
-1.2% of these points. Several processes are fitted to two and four GPUs with NVLink. Where nothing was measured a line
-says "estimate". `tests/unit/test_planner.py` has the points.
+Rates are fitted to 47 points on one H200 (torch 2.11): Llama-2 of 7B, 13B and 70B and Llama-3-8B, all methods, every
+level, 4,096 to 32,768 tokens a micro-batch, short documents and long. Predictions differ from them by at most 2.5%. The
+memory of one GPU is counted, not fitted, and within 1.0% of these points. Several processes are fitted to two and four
+GPUs with NVLink. Where nothing was measured a line says "estimate". `tests/unit/test_planner.py` has the points.
 """
 
 from __future__ import annotations
@@ -13,18 +12,23 @@ GIB = 2**30
 
 # ---------------------------------------------------------------------------------------------------------------- rates
 
-MATMUL_SHARE = 0.689  # of the peak FLOP/s, in the mix of a step: 680 of 989 TFLOP/s on an H200 at its limit of power
-FLOAT8_SHARE = 0.63  # of float8's peak, which is twice that
-VARLEN_SHARE = 0.277  # of the peak that torch's attention reaches over causal documents of 4,096 and 8,192 tokens
-FLASH4_SHARE = 0.583  # and flash-attn-4
+MATMUL_SHARE = 0.676  # of the peak FLOP/s, in the mix of a step: 669 of 989 TFLOP/s on an H200 at its limit of power
+FLOAT8_SHARE = 0.717  # of float8's peak, which is twice that
+VARLEN_SHARE = 0.273  # of the peak that torch's attention reaches over causal documents of 4,096 and 8,192 tokens
+FLASH4_SHARE = 0.587  # and flash-attn-4
 BANDWIDTH_SHARE = 0.90  # of the peak bandwidth that elementwise kernels reach: 4.3 of 4.8 TB/s on an H200
+# and that a step of an optimizer over 7B weights in bfloat16 reaches
+OPTIMIZER_SHARE = {"adamw": 0.63, "adamw_8bit": 0.086, "paged_adamw_8bit": 0.078, "paged_adamw_32bit": 0.25}
+TENSOR_SECONDS = 6e-5  # for which bitsandbytes' optimizers wait after each weight's step
 FABRIC_SHARE = 0.75  # of a link's peak that collectives reach; estimate
+# 8- and 16-bit weights that become float8 for each byte that the memory could move, beside what that traffic takes
+SCALED_WEIGHTS = 0.074
 # How often forward and backward move all that autograd keeps of a layer beside the matmuls: norms, rotary embedding,
 # activation, rank-r products, residuals.
-FUSED_PASSES = 7.6  # of three nodes: the slope over tokens of level none
+FUSED_PASSES = 7.4  # of three nodes: the slope over tokens of level none
 UNFUSED_PASSES = 19  # of modules: 16,464 tok/s of a QLoRA that had no nodes yet
-FUSED_FORWARD, UNFUSED_FORWARD = 0.31, 0.5  # shares of these that are forward's: level full
-LAYER_SECONDS = 1.0e-3  # of a layer whatever its tokens, on small kernels and their launch: level none at 4,096 tokens
+FUSED_FORWARD, UNFUSED_FORWARD = 0.47, 0.5  # shares of these that are forward's: level full
+LAYER_SECONDS = 0.51e-3  # of a layer whatever its tokens, on small kernels and their launch: level none at 4,096 tokens
 
 # ---------------------------------------------------------------------------------------------------- several processes
 

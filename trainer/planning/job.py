@@ -130,6 +130,11 @@ class Job:
         return round(self.shape.num_layers * self.layer_adapter_weights) + self.saved_modules_weights
 
     @property
+    def num_trained_tensors(self) -> int:
+        """Those that an optimizer steps on one by one."""
+        return self.shape.num_layers * (2 * len(self.adapted) if self.config.adapter else len(LINEARS) + 2)
+
+    @property
     def trained_size(self) -> int:
         """Bytes of a trained weight, of its gradient, and of each of its moments unless they are in 8 bit."""
         return SIZES[self.config.train.param_dtype]

@@ -22,7 +22,7 @@ class GpuMemory:
         weights: the base and what is trained, as they rest.
         optimizer: moments, and masters where they are copies.
         gradients: accumulated so far.
-        gathered: layers that are whole for a while, and buffers to send and receive.
+        gathered: layers that are whole for a while, adapters as they are multiplied, and buffers to send and receive.
         activations: kept for backward, and those of the layer that is being computed again.
         working: what comes and goes inside a layer or the loss.
     """
@@ -51,7 +51,7 @@ def predict_memory(job: Job, setting: Setting) -> GpuMemory:
         weights=_weights(job, kind),
         optimizer=_optimizer(job, kind),
         gradients=gradients if accumulated else waiting,
-        gathered=_gathered(job, kind),
+        gathered=_gathered(job, kind) + job.compute_size * job.shape.num_layers * job.layer_adapter_weights,
         activations=activations,
         working=working,
     )

@@ -118,10 +118,13 @@ def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
     as_multiplied, looks = 1 if config.train.float8 else size, 1
     if config.train.float8 and not config.quantization:
         looks = 2  # for the largest of each row first
+    dequantize = weights * (looks * job.linear_size + as_multiplied) / _bandwidth(job) if is_written else 0.0
+    if config.train.float8 and (config.quantization is None or config.quantization.type == "int8"):
+        dequantize += weights / (job.gpu.bandwidth * calibration.SCALED_WEIGHTS)
     return _Layer(
         matmuls=(base + beside) * tokens,
         traffic=moved * tokens / _bandwidth(job),
-        dequantize=weights * (looks * job.linear_size + as_multiplied) / _bandwidth(job) if is_written else 0.0,
+        dequantize=dequantize,
         mlp_matmuls=4 * shape.hidden * shape.intermediate * tokens / _base_flops(job),
         norms_traffic=(4 * shape.hidden + 3 * shape.intermediate) * size * tokens / _bandwidth(job),
     )
@@ -177,7 +180,9 @@ def _exposed_gradients(job: Job, kind: Kind, computing: float) -> float:
         return sent / _fabric(job, job.num_gpus)
     passes = 1 if kind in ("fsdp2", "zero2", "zero3") else 2  # scattered, or added up everywhere
     sent = passes * 4 * job.trained_weights * (job.num_gpus - 1) / job.num_gpus / _fabric(job, job.num_gpus)
-    return max(0.0, sent - calibration.GATHER_OVERLAP * 2 / 3 * computing)
+    # An adapter's are there all at once, at the end (`trainer.model.adapters`).
+    hidden = 0.0 if job.config.adapter else calibration.GATHER_OVERLAP * 2 / 3 * computing
+    return max(0.0, sent - hidden)
 
 
 def _exposed_activations(job: Job, setting: Setting, computing: float) -> float:
@@ -208,8 +213,9 @@ def _waiting(job: Job, kind: Kind) -> float:
 def _optimizer(job: Job, kind: Kind) -> float:
     """Weights and moments are read and written, gradients read twice (for their norm too)."""
     shards = job.num_shards if kind == "fsdp2" else job.num_gpus if kind.startswith("zero") else 1
-    weights = job.trained_weights / shards
+    weights, name = job.trained_weights / shards, job.config.optim.name
     if job.config.strategy.offload != "none":
         return weights / calibration.HOST_ADAM + 2 * weights * job.trained_size / calibration.HOST_LINK
     moved = 2 * job.trained_size + 2 * job.moments_size + 2 * job.trained_size
-    return weights * moved / _bandwidth(job)
+    waits = 0.0 if name == "adamw" else job.num_trained_tensors * calibration.TENSOR_SECONDS
+    return weights * moved / (job.gpu.bandwidth * calibration.OPTIMIZER_SHARE[name]) + waits

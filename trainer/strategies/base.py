@@ -147,8 +147,12 @@ class Strategy(ABC):
         """Forgets accumulated gradients (after a memory probe)."""
 
     @abstractmethod
-    def allocate_optimizer(self) -> None:
-        """Allocates moments that are missing, so that a memory probe or a restored checkpoint finds them."""
+    def allocate_optimizer(self) -> int:
+        """Allocates moments that are missing, so that a memory probe or a restored checkpoint finds them.
+
+        Returns:
+            Bytes of those that are paged, which torch does not count as allocated.
+        """
 
     @abstractmethod
     def state_dict(self) -> StateDict:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trainer.data.types import PackedBatch
+from trainer.optim import paged_bytes
 from trainer.processes import Processes
 from trainer.storage import allocate, put
 from trainer.strategies.base import BuildOptimizer, Checkpoint, Fingerprint, StateDict, StepResult, Strategy
@@ -91,8 +92,9 @@ class SingleProcess(Strategy):
         for tensor in (*self._trained.values(), *self._masters.values()):
             tensor.grad = None
 
-    def allocate_optimizer(self) -> None:
+    def allocate_optimizer(self) -> int:
         self.moments.allocate()
+        return paged_bytes(self.optimizer)
 
     def state_dict(self) -> StateDict:
         state = dict(self._saved_weights)

@@ -204,17 +204,18 @@ class Zero(Strategy):
 
     # ------------------------------------------------------------------------------------------------- its state
 
-    def allocate_optimizer(self) -> None:
+    def allocate_optimizer(self) -> int:
         state = self._zero.optimizer.state
         missing = [flat for flat in self._masters() if flat not in state]
         if not missing:
-            return
+            return 0
         fused = self._zero.optimizer.defaults["fused"]
         for flat in missing:
             count = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         if self.stage < 3:  # DeepSpeed would link after the first group's step, when the others have none
             self._zero._lazy_init_hp_params_optimizer_state()
+        return 0
 
     def state_dict(self) -> StateDict:
         """Each process's rows of masters and moments, copied to host memory: gathered one weight at a time."""
