@@ -212,7 +212,7 @@ def test_a_lost_process_ends_the_run_within_a_minute_and_is_named(long_recipe: P
     lost = []
     for fault in (signal.SIGSTOP, signal.SIGKILL):  # the second run begins while the first one waits
         folder = tmp_path / fault.name
-        process = start([*ALONE, "--gpus", "3"], long_recipe, folder)
+        process = start([*ALONE, "--gpus", "2"], long_recipe, folder)
         wait_for_step(process, folder)
         pids = children(process)
         os.kill(pids[1], fault)
