@@ -14,7 +14,7 @@ from torch import nn
 from trainer.data.types import PackedBatch
 from trainer.errors import UserError
 from trainer.model.kernels.cross_entropy import cross_entropy_, is_in_place
-from trainer.model.layers import adapters_of_layers
+from trainer.model.layers import with_adapters
 
 # Logits computed at a time: 128 MiB in 16 bit.
 LOGITS_PER_CHUNK = 2**26
@@ -151,9 +151,8 @@ class PackedCausalLM(nn.Module):
                 "max_length_q": batch.max_seqlen,
                 "max_length_k": batch.max_seqlen,
             }
-            of_layers = adapters_of_layers(decoder.layers, self.compute_dtype)
-            for layer, adapters in zip(decoder.layers, of_layers, strict=True):
-                hidden = layer(hidden, **shared, **({} if adapters is None else {"adapters": adapters}))
+            for layer, adapters in with_adapters(list(decoder.layers), self.compute_dtype):
+                hidden = layer(hidden, **shared, **adapters)
             return decoder.norm(hidden)[0]
 
     def _predict(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

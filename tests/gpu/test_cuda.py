@@ -412,15 +412,15 @@ def test_dequantised_weights_are_those_of_bitsandbytes(format: FourBit, dtype: t
         assert not wide[:, :before].any() and not wide[:, inner.stop :].any()
 
 
-@pytest.mark.parametrize(("rank", "first", "columns"), [(16, 0, 16), (5, 5, 15), (4, 0, 12), (8, 16, 24)])
+@pytest.mark.parametrize(("rank", "first", "columns"), [(16, 0, 16), (5, 5, 15), (4, 0, 12), (8, 16, 24), (0, 0, 8)])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_b_lies_beside_dequantised_weights(format: FourBit, rank: int, first: int, columns: int) -> None:
     torch.manual_seed(0)
     packed, scales = format.quantize(torch.randn(75, 704, device=CUDA))
-    b = torch.randn(75, rank, device=CUDA, dtype=torch.bfloat16)
+    b = torch.randn(75, rank, device=CUDA, dtype=torch.bfloat16) if rank else None
     found, wanted = (torch.full((75, 704 + columns + 8), 7.0, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    format.dequantize_beside(packed, scales, b, first, found[:, :-8])
-    Format.dequantize_beside(format, packed, scales, b, first, wanted[:, :-8])
+    format.dequantize_beside(packed, scales, found[:, :-8], columns, b, first)
+    Format.dequantize_beside(format, packed, scales, wanted[:, :-8], columns, b, first)
     assert torch.equal(found, wanted) and (found[:, -8:] == 7).all()
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from tests.unit.test_gradients import make_rows, pack
+from trainer.config import RunConfig
+from trainer.loss import PackedCausalLM
+from trainer.model import layers
 from trainer.model.adapters import Adapter, cast_adapters
+from trainer.model.load import load_model
+
+Recipe = Callable[..., RunConfig]
+CPU = torch.device("cpu")
 
 GROUPS = [[(8, 24, 40, 2.0), (4, 24, 16, 0.5)], [], [(8, 40, 24, 1.0)]]  # of each adapter r, in, out, scaling
 
@@ -43,6 +54,19 @@ def test_all_at_once_is_each_by_itself(own: torch.dtype, dtype: torch.dtype) -> 
             for left, right in ((found.a, wanted.a), (found.b, wanted.b)):
                 assert left.grad is not None and right.grad is not None and left.grad.dtype == own
                 torch.testing.assert_close(left.grad, right.grad)
+
+
+def test_gradients_come_as_their_layers_are_done(toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not all at the end, when they would lie there in two dtypes, and no process could send its own before."""
+    monkeypatch.setattr(layers, "LAYERS_AT_ONCE", 1)
+    model = load_model(toy_recipe(adapter={"r": 4}), CPU).model
+    came: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = re.findall(r"layers\.(\d+)", name)[0]
+            parameter.register_post_accumulate_grad_hook(lambda _, layer=layer: came.append(layer))
+    PackedCausalLM(model, torch.float32).train()(pack(make_rows([20, 12]))).backward()
+    assert len(set(came)) > 1 and came == sorted(came, reverse=True)
 
 
 def test_nothing_to_cast() -> None:

@@ -50,16 +50,16 @@ class Format(ABC):
         """
 
     def dequantize_beside(
-        self, packed: torch.Tensor, scales: torch.Tensor, b: torch.Tensor | None, first: int, out: torch.Tensor
-    ) -> None:
+        self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, columns: int,
+        b: torch.Tensor | None, first: int,
+    ) -> None:  # fmt: skip
         """Writes the matrix, and beside it zeros but for `b`, into ``[out, in + columns]``, whose rows may lie apart.
 
         Args:
-            b: ``[out, r]``; its columns begin at the `first` of those beside the matrix.
+            b: ``[out, r]`` in the dtype of `out`; its columns begin at the `first` of those beside the matrix.
         """
-        weight = self.dequantize(packed, scales, out.dtype)
-        out[:, : weight.shape[1]].copy_(weight)
-        lay_beside(out[:, weight.shape[1] :], b, first)
+        self.dequantize(packed, scales, out.dtype, out[:, : out.shape[1] - columns])
+        lay_beside(out[:, out.shape[1] - columns :], b, first)
 
     def to_float8(
         self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool

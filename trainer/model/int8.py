@@ -42,7 +42,6 @@ class Int8(Format):
             codes.copy_((values * (LARGEST / scales.clamp(min=128 * SMALLEST_ABSMAX))).round_())
         return packed.view(torch.uint8), absmax.view(-1).view(torch.uint8)
 
-    @torch.no_grad()
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -50,7 +49,6 @@ class Int8(Format):
         scale_rows(packed.view(torch.int8), aligned(scales).view(torch.float32) * (1 / LARGEST), weight)
         return weight
 
-    @torch.no_grad()
     def to_float8(
         self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool
     ) -> None:

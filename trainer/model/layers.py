@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from trainer.model.blocks import AddProjection, FeedForward, QueryKeyValue, SwiG
 from trainer.model.linears import LinearSpec
 from trainer.model.lora import PlainLinear, plain_linear, read_base
 from trainer.model.offload import ActivationOffload
+
+LAYERS_AT_ONCE = 8  # whose adapters are cast together: of all linears some hundred matrices, what a kernel takes
 
 
 class FusedRMSNorm(nn.Module):
@@ -121,11 +123,10 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
             (mlp.gate_proj, mlp.up_proj),
             (mlp.down_proj,),
         ):
-            linears = [plain_linear(module, dtype) for module in modules]
-            found = [linear for linear in linears if linear is not None]
-            if len(found) < len(linears):
+            linears = [linear for module in modules if (linear := plain_linear(module, dtype)) is not None]
+            if len(linears) < len(modules):
                 return None
-            groups.append(found)
+            groups.append(linears)
         return groups
 
     def _fused(
@@ -162,7 +163,8 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         dtype, device_type = hidden_states.dtype, hidden_states.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        (adapters,) = adapters_of_layers([self], dtype) if adapters is None else (adapters,)
+        if adapters is None:
+            (adapters,) = adapters_of_layers([self], dtype)
         if adapters is None:
             return None
         qkv, output, inner, down = (self._flatten(*group) for group in zip(*adapters, strict=True))
@@ -177,10 +179,9 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         for base, adapter in linears:
             format, own = read_base(base)
             in_float8 = self.float8 and not any(tensor.requires_grad for tensor in own)
-            specs.append(LinearSpec(format, len(adapter.a) if adapter else 0, in_float8))
-            tensors += own
-            if adapter:
-                tensors.append(next(lora_b))
+            b = [next(lora_b)] if adapter else []
+            specs.append(LinearSpec(format, b[0].shape[1] if b else 0, in_float8))
+            tensors += [*own, *b]
         return tuple(specs), *tensors, *([] if adapters.a is None else [adapters.a])
 
 
@@ -200,8 +201,20 @@ class LayerAdapters(NamedTuple):
     cast: list[SharedAdapters]
 
 
+def with_adapters(layers: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Each layer and the arguments by which it is given its adapters in `dtype`.
+
+    Some layers' are cast at a time, and only when their turn comes: the backward of that then runs as soon as theirs is
+    over, and their adapters' gradients do not wait for those of the last layer.
+    """
+    for start in range(0, len(layers), LAYERS_AT_ONCE):
+        some = layers[start : start + LAYERS_AT_ONCE]
+        for layer, adapters in zip(some, adapters_of_layers(some, dtype), strict=True):
+            yield layer, {} if adapters is None else {"adapters": adapters}
+
+
 def adapters_of_layers(layers: Iterable[nn.Module], dtype: torch.dtype) -> list[LayerAdapters | None]:
-    """Of each layer what the nodes multiply by in `dtype`, cast for all layers at once; None where modules compute."""
+    """Of each layer what the nodes multiply by in `dtype`, cast for all of them at once; None where modules compute."""
     linears = [layer.plain_linears(dtype) if isinstance(layer, FusedDecoderLayer) else None for layer in layers]
     groups = [group for own in linears if own is not None for group in own]
     cast = iter(cast_adapters([[one.adapter for one in group if one.adapter] for group in groups], dtype))

@@ -216,7 +216,7 @@ def _beside_b(linears: Linears, num_inputs: int, like: torch.Tensor) -> torch.Te
             rows[:, :num_inputs].copy_(base[0])
             lay_beside(rows[:, num_inputs:], lora_b, first)
         else:
-            spec.format.dequantize_beside(base[0], base[1], lora_b, first, rows)
+            spec.format.dequantize_beside(base[0], base[1], rows, linears.total_rank, lora_b, first)
         first += spec.rank
     return stacked
 

@@ -103,12 +103,13 @@ class FourBit(Format):
         return weight.view(shape) if out is None else out.copy_(weight.view(shape))
 
     def dequantize_beside(
-        self, packed: torch.Tensor, scales: torch.Tensor, b: torch.Tensor | None, first: int, out: torch.Tensor
-    ) -> None:
-        if b is not None and can_dequantize(packed) and b.dtype == out.dtype and b.is_contiguous():
-            dequantize_beside(self._on_cuda(packed, aligned(scales)), b, first, out)
+        self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, columns: int,
+        b: torch.Tensor | None, first: int,
+    ) -> None:  # fmt: skip
+        if can_dequantize(packed):
+            dequantize_beside(self._on_cuda(packed, aligned(scales)), out, b, first)
         else:
-            super().dequantize_beside(packed, scales, b, first, out)
+            super().dequantize_beside(packed, scales, out, columns, b, first)
 
     def to_float8(
         self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool

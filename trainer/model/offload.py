@@ -55,8 +55,9 @@ class ActivationOffload:
         # The topmost layer's are needed at once. A layer that is computed again keeps its input and no parameter.
         kept = _Kept(self._below, stays=layer is self._last)
         again = layer.training and getattr(layer, "gradient_checkpointing", False)
-        adapters = inputs["adapters"].cast if "adapters" in inputs else []
-        tables = (*inputs.get("position_embeddings", ()), *(one.a for one in adapters if one.a is not None))
+        adapters = inputs.get("adapters")
+        tables = list(inputs.get("position_embeddings", ()))
+        tables += [one.a for one in adapters.cast if one.a is not None] if adapters else []
         shared = {_pointer(table) for table in tables}
         pack = partial(self._pack, kept, [] if again else self._owners[layer], shared)
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):

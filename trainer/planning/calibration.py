@@ -17,9 +17,10 @@ FLOAT8_SHARE = 0.717  # of float8's peak, which is twice that
 VARLEN_SHARE = 0.273  # of the peak that torch's attention reaches over causal documents of 4,096 and 8,192 tokens
 FLASH4_SHARE = 0.587  # and flash-attn-4
 BANDWIDTH_SHARE = 0.90  # of the peak bandwidth that elementwise kernels reach: 4.3 of 4.8 TB/s on an H200
-# and that a step of an optimizer over 7B weights in bfloat16 reaches
-OPTIMIZER_SHARE = {"adamw": 0.63, "adamw_8bit": 0.086, "paged_adamw_8bit": 0.078, "paged_adamw_32bit": 0.25}
-TENSOR_SECONDS = 6e-5  # for which bitsandbytes' optimizers wait after each weight's step
+ADAMW_SHARE = 0.63  # of it that torch's fused AdamW reaches: 36 ms for 7B weights in bfloat16
+# that the memory could move while one of bitsandbytes' optimizers steps on a weight: 198, 217 and 135 ms for these 7B
+OPTIMIZER_BYTES = {"adamw_8bit": 141, "paged_adamw_8bit": 155, "paged_adamw_32bit": 96}
+TENSOR_SECONDS = 6e-5  # for which they wait after each tensor's step
 FABRIC_SHARE = 0.75  # of a link's peak that collectives reach; estimate
 # 8- and 16-bit weights that become float8 for each byte that the memory could move, beside what that traffic takes
 SCALED_WEIGHTS = 0.074

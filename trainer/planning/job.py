@@ -130,8 +130,8 @@ class Job:
         return round(self.shape.num_layers * self.layer_adapter_weights) + self.saved_modules_weights
 
     @property
-    def num_trained_tensors(self) -> int:
-        """Those that an optimizer steps on one by one."""
+    def num_stepped_tensors(self) -> int:
+        """Of decoder layers: those that an optimizer steps on one by one."""
         return self.shape.num_layers * (2 * len(self.adapted) if self.config.adapter else len(LINEARS) + 2)
 
     @property

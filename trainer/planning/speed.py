@@ -180,9 +180,7 @@ def _exposed_gradients(job: Job, kind: Kind, computing: float) -> float:
         return sent / _fabric(job, job.num_gpus)
     passes = 1 if kind in ("fsdp2", "zero2", "zero3") else 2  # scattered, or added up everywhere
     sent = passes * 4 * job.trained_weights * (job.num_gpus - 1) / job.num_gpus / _fabric(job, job.num_gpus)
-    # An adapter's are there all at once, at the end (`trainer.model.adapters`).
-    hidden = 0.0 if job.config.adapter else calibration.GATHER_OVERLAP * 2 / 3 * computing
-    return max(0.0, sent - hidden)
+    return max(0.0, sent - calibration.GATHER_OVERLAP * 2 / 3 * computing)
 
 
 def _exposed_activations(job: Job, setting: Setting, computing: float) -> float:
@@ -216,6 +214,8 @@ def _optimizer(job: Job, kind: Kind) -> float:
     weights, name = job.trained_weights / shards, job.config.optim.name
     if job.config.strategy.offload != "none":
         return weights / calibration.HOST_ADAM + 2 * weights * job.trained_size / calibration.HOST_LINK
+    if name != "adamw":
+        waits = job.num_stepped_tensors * calibration.TENSOR_SECONDS
+        return weights * calibration.OPTIMIZER_BYTES[name] / job.gpu.bandwidth + waits
     moved = 2 * job.trained_size + 2 * job.moments_size + 2 * job.trained_size
-    waits = 0.0 if name == "adamw" else job.num_trained_tensors * calibration.TENSOR_SECONDS
-    return weights * moved / (job.gpu.bandwidth * calibration.OPTIMIZER_SHARE[name]) + waits
+    return weights * moved / (job.gpu.bandwidth * calibration.ADAMW_SHARE)

@@ -64,12 +64,13 @@ def dequantize(weights: FourBitWeights, out: torch.Tensor) -> None:
     _write_rows(weights, out)
 
 
-def dequantize_beside(weights: FourBitWeights, b: torch.Tensor, first: int, out: torch.Tensor) -> None:
+def dequantize_beside(weights: FourBitWeights, out: torch.Tensor, b: torch.Tensor | None, first: int) -> None:
     """As `dequantize`, into ``[out, in + columns]``; its last columns are zeros but for `b`.
 
     Args:
         b: ``[out, r]`` in the dtype of `out`; its columns begin at the `first` of the last.
     """
+    b = out.new_empty(len(out), 0) if b is None else b.contiguous()
     _write_rows(weights, out, b=b, first=first)
 
 
@@ -100,7 +101,7 @@ def _write_rows(
     rows, columns = weights.packed.shape
     rank, beside = (0, 0) if b is None else (b.shape[1], out.shape[1] - 2 * columns)
     width = min(BYTES_AT_ONCE, triton.next_power_of_2(columns))
-    in_pairs = out.stride(0) % 2 == 0 and out.storage_offset() % 2 == 0
+    in_pairs = out.stride(0) % 2 == 0 and out.data_ptr() % (2 * out.element_size()) == 0
     _rows_kernel[(rows, triton.cdiv(columns, width))](
         weights.packed, *weights.scale_arguments, weights.values, row_scales, b, out, columns, out.stride(0),
         rank, first, beside,
