@@ -70,8 +70,7 @@ def dequantize_beside(weights: FourBitWeights, out: torch.Tensor, b: torch.Tenso
     Args:
         b: ``[out, r]`` in the dtype of `out`; its columns begin at the `first` of the last.
     """
-    b = out.new_empty(len(out), 0) if b is None else b.contiguous()
-    _write_rows(weights, out, b=b, first=first)
+    _write_rows(weights, out, b=b, first=first, beside=out.shape[1] - 2 * weights.packed.shape[1])
 
 
 def to_float8(weights: FourBitWeights, out: torch.Tensor, row_scales: torch.Tensor, transposed: bool) -> None:
@@ -97,9 +96,10 @@ def _write_rows(
     row_scales: torch.Tensor | None = None,
     b: torch.Tensor | None = None,
     first: int = 0,
+    beside: int = 0,
 ) -> None:
     rows, columns = weights.packed.shape
-    rank, beside = (0, 0) if b is None else (b.shape[1], out.shape[1] - 2 * columns)
+    b, rank = (out, 0) if b is None else (b.contiguous(), b.shape[1])
     width = min(BYTES_AT_ONCE, triton.next_power_of_2(columns))
     in_pairs = out.stride(0) % 2 == 0 and out.data_ptr() % (2 * out.element_size()) == 0
     _rows_kernel[(rows, triton.cdiv(columns, width))](
