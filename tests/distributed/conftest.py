@@ -12,9 +12,12 @@ from distributed.pool import Pools
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pool() -> Iterator[Pools]:
-    """``pool(n)``: n processes in one group, the same ones for every test; see `pool.Pool.run`."""
+    """``pool(n)``: n processes in one group, the same ones for every test here; see `pool.Pool.run`.
+
+    gloo's threads never sleep for long, so that a group costs the tests of other folders their time.
+    """
     pools = Pools()
     yield pools
     pools.close()

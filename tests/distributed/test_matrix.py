@@ -140,13 +140,13 @@ def check(
 
 
 KINDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
-CELLS = [(1, "single"), *((world_size, kind) for world_size in (1, 2, 4) for kind in KINDS)]
+CELLS = [(1, "single", 3), *((world_size, kind, 3) for world_size in (1, 2, 4) for kind in KINDS)]
+CELLS += [(2, kind, 1) for kind in KINDS]  # a micro-batch that is a step's first and last at once
 
 
-@pytest.mark.parametrize("accumulation", [1, 3], ids="accumulation-{}".format)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("world_size", "kind"), CELLS)
-def test_matrix(world_size: int, kind: str, method: str, accumulation: int, pool: Pools, cells: Cells) -> None:
+@pytest.mark.parametrize(("world_size", "kind", "accumulation"), CELLS)
+def test_matrix(world_size: int, kind: str, accumulation: int, method: str, pool: Pools, cells: Cells) -> None:
     check(pool, cells, world_size, method, kind, accumulation)
 
 

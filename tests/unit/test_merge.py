@@ -554,6 +554,7 @@ for number in range(number_of_kills):  # each is killed at another moment of its
 """
 
 
+@pytest.mark.parametrize("stoppable_run", ["nf4", "decilm"], indirect=True)
 def test_killed_anywhere_a_merge_goes_on_and_makes_the_same_bytes(tmp_path: Path, stoppable_run: Path) -> None:
     merge_adapter(stoppable_run, tmp_path / "wanted")
     named = ("README.md", "manifest.json")  # these say the folder's name
