@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"adapter": {"r": 4}, "quantization": {}},
     "qlora, dropout": {"adapter": {"r": 4, "dropout": 0.2}, "quantization": {}},
 }
-NUM_CASES = 36
+NUM_CASES = 52
 
 
 @dataclass(frozen=True)
