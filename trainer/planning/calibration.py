@@ -22,8 +22,7 @@ ADAMW_SHARE = 0.63  # of it that torch's fused AdamW reaches: 36 ms for 7B weigh
 OPTIMIZER_BYTES = {"adamw_8bit": 141, "paged_adamw_8bit": 155, "paged_adamw_32bit": 96}
 TENSOR_SECONDS = 6e-5  # for which they wait after each tensor's step
 FABRIC_SHARE = 0.75  # of a link's peak that collectives reach; estimate
-# 8- and 16-bit weights that become float8 for each byte that the memory could move, beside what that traffic takes
-SCALED_WEIGHTS = 0.074
+SCALED_WEIGHTS = 0.074  # 8- and 16-bit ones made float8 for each byte it could move, beside what that traffic takes
 # How often forward and backward move all that autograd keeps of a layer beside the matmuls: norms, rotary embedding,
 # activation, rank-r products, residuals.
 FUSED_PASSES = 7.4  # of three nodes: the slope over tokens of level none
