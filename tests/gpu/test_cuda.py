@@ -41,7 +41,7 @@ from trainer.model.layers import FusedRMSNorm
 from trainer.model.load import load_model
 from trainer.model.nf4 import FourBit, _dequantize_scales
 from trainer.model.quantized import QuantizedLinear, fingerprint
-from trainer.model.recompute import set_recompute
+from trainer.model.recompute import set_recompute, use_float8
 from trainer.model.weights import build_on_meta, random_tensor
 from trainer.optim import build_optimizer
 from trainer.planning.levels import read_levels
@@ -282,6 +282,22 @@ def test_bfloat16_gradients_with_varlen_attention(method: str, dora: bool, recom
     assert relative_error(found, gradient(load_model(toy_recipe(**sections), CUDA).model, torch.float32, CUDA)) < 5e-2
 
 
+@pytest.mark.parametrize("quantization", [None, {"type": "int8"}, {"type": "nf4"}, {"type": "fp4"}], ids=str)
+def test_float8_gradients_stay_close(quantization: Any, toy_recipe: Recipe, tmp_path: Path) -> None:
+    """Against float32, in layers wide enough for the kernels to lay them out as they do a real model's."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 2}
+    LlamaConfig(vocab_size=512, num_hidden_layers=2, **sizes).save_pretrained(tmp_path)
+    sections = {"adapter": {"r": 16}, "quantization": quantization}
+    source = {"path": str(tmp_path), "init": "random"}
+    model = load_model(toy_recipe(model=source | {"dtype": "bfloat16"}, **sections), CUDA).model
+    use_float8(model, CUDA, "bfloat16")
+
+    found = gradient(model, torch.bfloat16, CUDA)
+
+    exact = load_model(toy_recipe(model=source, **sections), CUDA).model
+    assert relative_error(found, gradient(exact, torch.float32, CUDA)) < 0.2
+
+
 @pytest.mark.parametrize("sections", [{}, {"adapter": {"r": 4}}, QLORA], ids=["full", "lora", "qlora"])
 def test_a_step_does_not_wait_for_the_gpu(sections: dict[str, Any], toy_recipe: Recipe) -> None:
     config = toy_recipe(model={"dtype": "bfloat16"}, **sections)
@@ -467,12 +483,13 @@ def test_rows_are_scaled_as_on_the_cpu(
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(75, 704), (2049, 4160)], ids=str)
+@pytest.mark.parametrize("beside", [0, 3, 8, 16])  # kernels are compiled anew by how their rows are aligned
+@pytest.mark.parametrize("shape", [(75, 704), (2048, 4096), (2049, 4160)], ids=str)
 @pytest.mark.parametrize("format", [None, *FORMATS, Int8()], ids=str)
 def test_float8_weights_are_shares_of_their_rows_largest(
-    format: Format | None, shape: tuple[int, int], transposed: bool
+    format: Format | None, shape: tuple[int, int], beside: int, transposed: bool
 ) -> None:
-    check_shares(*as_float8(format, weight_of(shape).to(CUDA), transposed))
+    check_shares(*as_float8(format, weight_of(shape).to(CUDA), transposed, beside))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

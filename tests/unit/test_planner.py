@@ -115,9 +115,9 @@ MEASURED: list[Point] = [
     (LLAMA_13B, QLORA, SHORT, False, 1, "none", 33.6, 10141),
     (LLAMA_70B, QLORA, SHORT, False, 1, "none", 122.7, 2035),
     (LLAMA_70B, QLORA, SHORT, False, 1, "mlp", 60.3, 1616),
-    (LLAMA_7B, FLOAT8, SHORT, False, 4, "none", 70.1, 30515),
-    (LLAMA_7B, LORA_FLOAT8, SHORT, False, 4, "none", 79.1, 27473),
-    (LLAMA_7B, INT8_FLOAT8, SHORT, False, 4, "none", 73.0, 28132),
+    (LLAMA_7B, FLOAT8, SHORT, False, 4, "none", 70.1, 28692),
+    (LLAMA_7B, LORA_FLOAT8, SHORT, False, 4, "none", 79.1, 28250),
+    (LLAMA_7B, INT8_FLOAT8, SHORT, False, 4, "none", 73.0, 28711),
     (LLAMA_7B, QLORA, SHORT, False, 2, "none", 37.1, 19491),
     (LLAMA_7B, QLORA, SHORT, False, 2, "norms", 27.8, 19262),
     (LLAMA_7B, QLORA, SHORT, False, 2, "mlp", 17.3, 16397),
@@ -134,8 +134,8 @@ MEASURED: list[Point] = [
     (LLAMA_3, QLORA, SHORT_8192, False, 2, "norms", 53.7, 17962),
     (LLAMA_70B, QLORA, SHORT, False, 1, "norms", 94.9, 2045),
     (LLAMA_7B, INT8, SHORT, False, 4, "none", 72.8, 20177),
-    (LLAMA_7B, FLOAT8, SHORT, False, 4, "norms", 51.4, 29326),
-    (LLAMA_7B, FLOAT8, SHORT, False, 4, "mlp", 30.4, 25679),
+    (LLAMA_7B, FLOAT8, SHORT, False, 4, "norms", 51.5, 28227),
+    (LLAMA_7B, FLOAT8, SHORT, False, 4, "mlp", 30.4, 24331),
     (LLAMA_7B, QLORA, SHORT, True, 4, "none", 69.9, 20568),
     (LLAMA_7B, QLORA, SHORT, True, 6, "none", 102.7, 20859),
     (LLAMA_7B, QLORA, SHORT, True, 7, "none", 119.1, 20786),
@@ -178,13 +178,16 @@ ON_FOUR: list[tuple[Kind, Point]] = [
     ("fsdp2", (LLAMA_7B, QLORA, SHORT, False, 4, "none", 67.3, 19146)),
     ("ddp", (LLAMA_70B, QLORA, SHORT, False, 1, "none", 122.4, 2002)),
     ("fsdp2", (LLAMA_70B, QLORA, SHORT, False, 1, "none", 96.5, 1974)),
+    # by earlier kernels, and with a step in which the allocator asks for all of its memory among those that count
+    ("fsdp2", (LLAMA_70B, FLOAT8, WHOLE, True, 1, "norms", 125.2, 2585)),
+    ("ddp", (LLAMA_70B, FLOAT8, WHOLE, True, 1, "mlp", 81.9, 2284)),
     ("fsdp2", (LLAMA_70B, INT8_FLOAT8, WHOLE, True, 1, "mlp", 64.6, 2234)),
 ]
 
 
 @pytest.mark.parametrize(("kind", "point"), ON_FOUR, ids=str)
 def test_four_gpus_of_a_host(kind: Kind, point: Point) -> None:
-    check_prediction(point, kind, gpus=4, rounds=1, memory=0.02, rate=0.035)
+    check_prediction(point, kind, gpus=4, rounds=1, memory=0.02, rate=0.06 if "train" in point[1] else 0.025)
 
 
 # ------------------------------------------------------------------------------------------------ against real modules

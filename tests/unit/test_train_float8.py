@@ -63,21 +63,23 @@ def check_shares(shares: torch.Tensor, row_scales: torch.Tensor, exact: torch.Te
     assert torch.equal(values.abs().amax(1) == 448, exact.abs().amax(1) > 1e-30)
 
 
-def as_float8(format: Format | None, weight: torch.Tensor, transposed: bool) -> tuple[torch.Tensor, ...]:
-    """Shares and scales laid into the middle of something wider, and the weights in float32."""
+def as_float8(
+    format: Format | None, weight: torch.Tensor, transposed: bool, beside: int = 8
+) -> tuple[torch.Tensor, ...]:
+    """Shares and scales laid into something wider, by `beside` columns on both sides, and the weights in float32."""
     out, inner = weight.shape[::-1] if transposed else weight.shape
-    wide = torch.zeros(out, inner + 16, dtype=torch.float8_e4m3fn, device=weight.device)
+    wide = torch.zeros(out, inner + 2 * beside, dtype=torch.float8_e4m3fn, device=weight.device)
+    place = wide[:, beside : beside + inner]
     row_scales = torch.empty(len(weight), device=weight.device)
     if format is None:
         exact = weight
-        write_float8(weight, wide[:, 8 : 8 + inner], row_scales, transposed)
+        write_float8(weight, place, row_scales, transposed)
     else:
         stored = format.quantize(weight)
         exact = format.dequantize(*stored, torch.float32)
-        format.to_float8(*stored, wide[:, 8 : 8 + inner], row_scales, transposed)
-    assert not wide[:, :8].float().any() and not wide[:, 8 + inner :].float().any()
-    shares = wide[:, 8 : 8 + inner].float()
-    return (shares.t() if transposed else shares), row_scales, exact
+        format.to_float8(*stored, place, row_scales, transposed)
+    assert not wide[:, :beside].float().any() and not wide[:, beside + inner :].float().any()
+    return (place.t() if transposed else place).float(), row_scales, exact
 
 
 @pytest.mark.parametrize("transposed", [False, True])

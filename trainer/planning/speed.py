@@ -119,8 +119,6 @@ def _layer(job: Job, kind: Kind, tokens: int) -> _Layer:
     if config.train.float8 and not config.quantization:
         looks = 2  # for the largest of each row first
     dequantize = weights * (looks * job.linear_size + as_multiplied) / _bandwidth(job) if is_written else 0.0
-    if config.train.float8 and (config.quantization is None or config.quantization.type == "int8"):
-        dequantize += weights / (job.gpu.bandwidth * calibration.SCALED_WEIGHTS)
     return _Layer(
         matmuls=(base + beside) * tokens,
         traffic=moved * tokens / _bandwidth(job),

@@ -101,11 +101,10 @@ def _write_rows(
     rows, columns = weights.packed.shape
     b, rank = (out, 0) if b is None else (b.contiguous(), b.shape[1])
     width = min(BYTES_AT_ONCE, triton.next_power_of_2(columns))
-    in_pairs = out.stride(0) % 2 == 0 and out.data_ptr() % (2 * out.element_size()) == 0
     _rows_kernel[(rows, triton.cdiv(columns, width))](
         weights.packed, *weights.scale_arguments, weights.values, row_scales, b, out, columns, out.stride(0),
         rank, first, beside,
-        HAS_CODES=weights.has_codes, SHARES=row_scales is not None, IN_PAIRS=in_pairs, BYTES=width,
+        HAS_CODES=weights.has_codes, SHARES=row_scales is not None, BYTES=width,
         BESIDE=triton.next_power_of_2(beside) if beside else 0, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -148,8 +147,7 @@ if triton is not None:
     def _rows_kernel(
         packed_ptr, scales_ptr, scale_values_ptr, num_groups, values_ptr, row_scales_ptr, b_ptr, output_ptr,
         columns, output_stride, rank, first, beside,
-        HAS_CODES: tl.constexpr, SHARES: tl.constexpr, IN_PAIRS: tl.constexpr, BYTES: tl.constexpr,
-        BESIDE: tl.constexpr,
+        HAS_CODES: tl.constexpr, SHARES: tl.constexpr, BYTES: tl.constexpr, BESIDE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
@@ -161,24 +159,14 @@ if triton is not None:
         scale = _block_scales(scales_ptr, scale_values_ptr, num_groups, block, inside, HAS_CODES)
         if SHARES:
             scale = scale / tl.load(row_scales_ptr + row)
-        high = (tl.load(values_ptr + (codes >> 4)) * scale).to(output_ptr.dtype.element_ty)
-        low = (tl.load(values_ptr + (codes & 15)) * scale).to(output_ptr.dtype.element_ty)
-        _store_both(output_ptr + row * output_stride, byte, high, low, inside, IN_PAIRS)
+        high, low = tl.load(values_ptr + (codes >> 4)) * scale, tl.load(values_ptr + (codes & 15)) * scale
+        column = tl.program_id(1) * BYTES * 2 + tl.arange(0, BYTES * 2)
+        # Side by side before they are rounded: ptxas 12.8 takes float8 numbers that are joined to words afterwards from
+        # the wrong register.
+        weight = tl.interleave(high, low).to(output_ptr.dtype.element_ty)
+        tl.store(output_ptr + row * output_stride + column, weight, mask=column < columns * 2)
         if BESIDE:
             tl.store(output_ptr + row * output_stride + columns * 2 + at, b, mask=(at < beside) & is_one)
-
-    @triton.jit
-    def _store_both(row_ptr, pair, high, low, inside, IN_PAIRS: tl.constexpr):
-        """The two weights of a byte as one word: threads that each store whole words need not exchange theirs."""
-        bits: tl.constexpr = high.dtype.primitive_bitwidth
-        if IN_PAIRS:
-            one: tl.constexpr = tl.core.get_int_dtype(bits, signed=False)
-            word: tl.constexpr = tl.core.get_int_dtype(2 * bits, signed=False)
-            both = high.to(one, bitcast=True).to(word) | (low.to(one, bitcast=True).to(word) << bits)
-            tl.store(row_ptr.to(tl.pointer_type(word)) + pair, both, mask=inside)
-        else:
-            tl.store(row_ptr + pair * 2, high, mask=inside)
-            tl.store(row_ptr + pair * 2 + 1, low, mask=inside)
 
     @triton.jit
     def _transposed_kernel(

@@ -11,7 +11,7 @@ except ImportError:  # torch for CPUs comes without
     triton = None
 
 BLOCK = 4096  # columns a program copies
-TILE = 64  # rows and columns that a program scales
+ROWS_AT_ONCE, COLUMNS_AT_ONCE = 64, 128  # that a program scales
 
 
 def copy_rows(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -37,9 +37,10 @@ def scale_rows(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, transp
         return
     rows, columns = x.shape
     strides = (1, out.stride(0)) if transposed else (out.stride(0), 1)
-    _scale_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
-        x, factors, out, rows, columns, *x.stride(), *strides, TRANSPOSED=transposed, TILE=TILE
-    )
+    _scale_kernel[(triton.cdiv(rows, ROWS_AT_ONCE), triton.cdiv(columns, COLUMNS_AT_ONCE))](
+        x, factors, out, rows, columns, *x.stride(), *strides,
+        TRANSPOSED=transposed, ROWS=ROWS_AT_ONCE, COLUMNS=COLUMNS_AT_ONCE,
+    )  # fmt: skip
 
 
 if triton is not None:
@@ -54,10 +55,10 @@ if triton is not None:
     @triton.jit
     def _scale_kernel(
         x_ptr, factors_ptr, output_ptr, rows, columns, x_row_stride, x_column_stride, row_stride, column_stride,
-        TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+        TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         x = tl.load(x_ptr + row[:, None] * x_row_stride + column[None, :] * x_column_stride, mask=inside, other=0)
         products = x.to(tl.float32) * tl.load(factors_ptr + row, mask=row < rows, other=0.0)[:, None]
