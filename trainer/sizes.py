@@ -113,6 +113,7 @@ class Sizes:
     ) -> None:
         self._candidates, self._set_levels = candidates, set_levels
         self._has_backed_off = has_backed_off
+        self._paged = 0.0  # bytes of moments that torch does not count, and predictions do
         self._take(candidates[0])
 
     @property
@@ -136,7 +137,7 @@ class Sizes:
         """
         total = strategy.processes.min(torch.cuda.get_device_properties(strategy.device).total_memory)
         strategy.module.train()
-        paged = strategy.processes.max(strategy.allocate_optimizer())
+        self._paged = paged = strategy.processes.max(strategy.allocate_optimizer())
         while True:
             setting, predicted = self.setting, self._current.memory.peak
             tokens = setting.micro_batch * config.data.pack_length
@@ -158,7 +159,7 @@ class Sizes:
         """Takes the fastest candidate that needs clearly less than the one whose memory ran out; once in a run.
 
         Args:
-            found: most bytes that were allocated before it ran out.
+            found: most bytes that torch had allocated before it ran out.
 
         Returns:
             What happened, for the log; None where nothing is left to take.
@@ -168,7 +169,7 @@ class Sizes:
             return None
         self._has_backed_off = True
         self._take(leaner)
-        return f"{_misprediction(failed, found)}; goes on with {leaner.setting}"
+        return f"{_misprediction(failed, found + self._paged)}; goes on with {leaner.setting}"
 
     def note_failure(self, run: RunDir, world_size: int, found: float) -> str | None:
         """Keeps the sizes with which memory ran out, so that the next start stays below them.
@@ -184,7 +185,7 @@ class Sizes:
         write_atomically(run.out_of_memory, json.dumps(failed) + "\n")
         if leaner is None:
             return None
-        return f"{_misprediction(self._current, found)}; the next start takes {leaner.setting}"
+        return f"{_misprediction(self._current, found + self._paged)}; the next start takes {leaner.setting}"
 
     def _next_leaner(self) -> Candidate | None:
         return None if self._has_backed_off else self._leaner_than(BACK_OFF * self._current.memory.peak)

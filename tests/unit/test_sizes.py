@@ -134,6 +134,11 @@ def test_paged_moments_have_their_room_where_there_is_some(
     assert says in caplog.text
 
 
+def test_what_ran_out_is_told_with_paged_moments_as_it_was_predicted(confirm: Callable[..., Sizes]) -> None:
+    sizes = confirm(Measured(lambda levels: room_for(10), paged=GIB))
+    assert "found more than 11.0;" in str(sizes.back_off(found=10.0 * GIB))
+
+
 def levels_of(sizes: Sizes) -> str:
     return sizes.setting.levels.of_layers[-1]
 
