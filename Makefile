@@ -16,8 +16,9 @@ $(STAMP): setup.cfg pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m launch.demo
 
+# Three at a time, on two cores too: many tests wait until some limit has passed.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore=tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --ignore=tests/slurm
 
 # On a real SLURM that the tests start themselves; skipped, and said so, where that cannot be.
 test-slurm: $(STAMP)
