@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 def pool() -> Iterator[Pools]:
     """``pool(n)``: n processes in one group, the same ones for every test here; see `pool.Pool.run`.
 
-    gloo's threads never sleep for long, so that a group costs the tests of other folders their time.
+    They end with this folder, as each holds up to 1.4 GiB.
     """
     pools = Pools()
     yield pools
